@@ -1,0 +1,415 @@
+"""The schema of every job file: what may be set, of which type, within which bounds, and its default.
+
+A job file is YAML. `load` resolves `extends:`, applies dotted overrides (`train.steps=50`) and validates; an unknown
+key is an error that names the nearest one. Nothing here starts anything or imports torch, so a wrong file is refused
+within a second.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from schemas.tasks import TASKS, Task
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------------- the model
+
+
+class BackboneConfig(Settings):
+    """A timm model with `features_only`: `out_indices` picks four feature maps, finest first."""
+
+    name: str = "focalnet_tiny_srf"
+    pretrained: bool = False
+    out_indices: tuple[int, int, int, int] = (0, 1, 2, 3)
+    options: dict[str, Any] = Field(default={}, description="passed to timm.create_model, e.g. channels")
+
+
+class TextConfig(Settings):
+    """The causal text encoder; its width is the model's."""
+
+    layers: Positive = 12
+    heads: Positive = 8
+    context: Positive = Field(default=77, description="the longest text, in tokens, with start and end")
+
+
+class ModelConfig(Settings):
+    """The X-Decoder architecture. Defaults: Focal-T of the paper, with task tokens."""
+
+    width: Positive = 512
+    heads: Positive = 8
+    ffn: Positive = 2048
+    decoder_layers: Positive = 9
+    encoder_layers: NonNegative = Field(default=6, description="transformer layers of the pixel decoder, coarsest map")
+    latents: Positive = Field(default=100, description="object queries; the image query comes on top")
+    task_tokens: bool = Field(default=True, description="task token, task-guided query initialisation (OneFormer)")
+    init_layers: NonNegative = Field(default=2, description="layers of the task-guided query initialisation")
+    text_contexts: NonNegative = Field(default=16, description="learnable vectors in the query-text list (OneFormer N_ctx)")
+    backbone: BackboneConfig = BackboneConfig()
+    text: TextConfig = TextConfig()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "ModelConfig":
+        for what, heads in (("heads", self.heads), ("text.heads", self.text.heads)):
+            if self.width % heads:
+                raise ValueError(f"width {self.width} cannot be divided by {what} {heads}")
+        if self.width % 32:
+            raise ValueError(f"width {self.width} must be a multiple of 32 (group normalisation with 32 groups)")
+        if self.text_contexts > self.latents:
+            raise ValueError(f"text_contexts {self.text_contexts} exceeds latents {self.latents}")
+        return self
+
+
+class LossConfig(Settings):
+    """Weights of the loss terms (a term without a weight is an error), and how they are computed."""
+
+    class_ce: float = Field(default=2.0, ge=0)
+    mask_bce: float = Field(default=5.0, ge=0)
+    mask_dice: float = Field(default=5.0, ge=0)
+    query_text: float = Field(default=0.5, ge=0)
+    grounding_ce: float = Field(default=0.4, ge=0)
+    grounding_bce: float = Field(default=1.0, ge=0)
+    grounding_dice: float = Field(default=1.0, ge=0)
+    captioning: float = Field(default=2.0, ge=0)
+    retrieval: float = Field(default=2.0, ge=0)
+    retrieval_backbone: float = Field(default=8.0, ge=0)
+    vqa: float = Field(default=2.0, ge=0)
+    no_object: Fraction = Field(default=0.1, description="weight of the background column in the class loss")
+    points: Positive = Field(default=12544, description="points sampled on each mask")
+    oversample: float = Field(default=3.0, ge=1)
+    importance: Fraction = 0.75
+    top_layers: Positive = Field(default=3, description="captioning, retrieval, grounding: on this many last layers")
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+class DemoConfig(Settings):
+    """The synthetic world, written in public formats; `python -m jobs demo DIR` writes the same."""
+
+    root: str = Field(default="demo/corpora", description="relative to the store")
+    seed: NonNegative = 0
+    image_size: Annotated[int, Field(ge=32, le=1024)] = 64
+    train_scenes: Positive = 3000
+    val_scenes: Positive = 200
+    train_pairs: Positive = 3000
+    val_pairs: Positive = 200
+
+
+Format = Literal["coco_panoptic", "refcoco", "captions_tsv", "coco_captions", "vqa_v2"]
+
+
+class CorpusConfig(Settings):
+    """One corpus, or one split of it. Which of the paths a format needs stands in its reader (pipelines/corpora)."""
+
+    name: Name
+    format: Format
+    split: Literal["train", "val"]
+    root: str = Field(default=".", description="all other paths are relative to it and may not leave it")
+    images: str = Field(default="", description="folder of the images")
+    annotations: str = Field(default="", description="JSON, TSV or pickle file; for RefCOCO refs(...).p")
+    labels: str = Field(default="", description="coco_panoptic: folder of the RGB-coded PNGs")
+    instances: str = Field(default="", description="refcoco: instances.json")
+    questions: str = Field(default="", description="vqa_v2: questions JSON")
+    ref_split: str = Field(default="", description="refcoco: the split inside the pickle; empty takes the split's name")
+    licence: str = ""
+    limit: NonNegative = Field(default=0, description="at most this many images; 0 is all")
+
+
+class BuildConfig(Settings):
+    num_workers: Positive = Field(default=2, description="concurrent Ray tasks")
+    shard_samples: Positive = 500
+    shard_mb: Positive = 256
+    max_reject_share: Fraction = Field(default=0.05, description="above it the build stops and publishes nothing")
+    max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected unread")
+
+
+class DatasetRef(Settings):
+    name: Name = "demo"
+    version: str = Field(default="current", description="a version id or 'current'")
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+class BatchConfig(Settings):
+    """Global batch of a step, over all ranks."""
+
+    segmentation: Positive = 16
+    image_text: Positive = 16
+
+
+class AugmentConfig(Settings):
+    image_size: Annotated[int, Field(ge=32)] = Field(default=1024, description="square side of the crop, pixels")
+    scale: tuple[float, float] = Field(default=(0.1, 2.0), description="large-scale jitter")
+    flip: Fraction = 0.5
+    image_text_size: Annotated[int, Field(ge=32)] = 224
+
+
+class OptimConfig(Settings):
+    lr: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    backbone_scale: float = Field(default=0.1, ge=0, description="learning rate factor of the backbone")
+    text_scale: float = Field(default=0.1, ge=0, description="learning rate factor of the text encoder")
+    warmup_steps: NonNegative = 10
+    schedule: Literal["multistep", "poly", "cosine", "constant"] = "multistep"
+    milestones: tuple[Fraction, ...] = (0.88889, 0.96296)
+    clip: float = Field(default=5.0, gt=0, description="L2 norm of all gradients")
+
+
+class TrainConfig(Settings):
+    steps: Positive = 1000
+    seed: NonNegative = 0
+    num_workers: Positive = Field(default=1, description="Ray Train workers (ranks)")
+    cpus_per_worker: NonNegative = Field(default=0, description="0 shares the cluster's CPUs among the workers")
+    use_gpu: bool = False
+    loader_workers: NonNegative = Field(default=0, description="decoding processes of each rank")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    tasks: tuple[Task, ...] = TASKS
+    task_sampling: tuple[Fraction, Fraction, Fraction] = Field(
+        default=(0.33, 0.33, 0.34), description="probability of semantic, instance, panoptic for each image"
+    )
+    max_phrases: Positive = Field(default=4, description="referring expressions of an image in a step")
+    batch: BatchConfig = BatchConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    log_every: Positive = 20
+    checkpoint_every: Positive = 500
+    keep_checkpoints: Positive = 2
+    max_failures: NonNegative = 3
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if not self.tasks:
+            raise ValueError(f"tasks is empty; choose from {list(TASKS)}")
+        for what in get_args(Literal["segmentation", "image_text"]):
+            if getattr(self.batch, what) % self.num_workers:
+                raise ValueError(f"batch.{what} {getattr(self.batch, what)} cannot be divided by {self.num_workers} workers")
+        if abs(sum(self.task_sampling) - 1) > 1e-6:
+            raise ValueError(f"task_sampling {self.task_sampling} must sum to 1")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+
+class EvaluateConfig(Settings):
+    tasks: tuple[Task, ...] = TASKS
+    split: Literal["train", "val"] = "val"
+    batch: Positive = 16
+    limit: NonNegative = Field(default=0, description="at most this many images per stream; 0 is all")
+    image_size: NonNegative = Field(default=0, description="long side the model sees; 0 takes the training's")
+    object_threshold: Fraction = Field(default=0.8, description="panoptic: least class score (Mask2Former on COCO)")
+    overlap_threshold: Fraction = Field(default=0.8, description="panoptic: least visible share of a mask")
+    instances: Positive = Field(default=100, description="instance: kept per image")
+    max_caption_tokens: Positive = 50
+    pictures: NonNegative = Field(default=8, description="overlay pictures logged")
+
+
+class Rule(Settings):
+    """One row of the promotion rules.
+
+    The candidate may fall behind the champion by at most `tolerance` on this metric; where `must_improve`, its gain has
+    to be positive with the `confidence` of promote by paired bootstrap over images.
+    """
+
+    task: Task
+    metric: str
+    direction: Literal["higher", "lower"] = "higher"
+    tolerance: float = Field(default=0.0, ge=0, description="in the metric's own unit")
+    must_improve: bool = False
+    floor: float | None = Field(default=None, description="absolute bound, also for the first champion")
+    min_examples: Positive = 1
+
+
+class PromoteConfig(Settings):
+    candidate: str = Field(default="latest", description="a version number of the registered model, or 'latest'")
+    require: bool = Field(default=False, description="a refusal is a non-zero status")
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    resamples: Positive = 1000
+    rules: tuple[Rule, ...] = ()
+
+
+# ---------------------------------------------------------------------------------------------------- job files
+
+
+class Job(Settings):
+    """What all job files share. A relative store is relative to the working directory."""
+
+    store: str = Field(default="store", description="XDECODER_STORE overrides it")
+
+
+class RebuildJob(Job):
+    """corpora -> a new dataset version."""
+
+    kind: Literal["rebuild"]
+    dataset: Name = "demo"
+    demo: DemoConfig | None = Field(default=None, description="write the demo corpora first; corpora may be empty then")
+    corpora: tuple[CorpusConfig, ...] = ()
+    build: BuildConfig = BuildConfig()
+
+    @model_validator(mode="after")
+    def _has_corpora(self) -> "RebuildJob":
+        if self.demo is None and not self.corpora:
+            raise ValueError("nothing to build: give corpora, or a demo section")
+        keys = [(c.name, c.split, c.annotations) for c in self.corpora]
+        if len(set(keys)) < len(keys):
+            raise ValueError("two corpora have the same name, split and annotations")
+        return self
+
+
+class PretrainJob(Job):
+    """A dataset version -> a trained, registered model."""
+
+    kind: Literal["pretrain"]
+    name: Name = Field(default="demo", description="the run; submitting the same name and settings again resumes it")
+    registered_model: Name = "demo"
+    dataset: DatasetRef = DatasetRef()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class EvaluateJob(Job):
+    """A registered model and a dataset version -> the table of results."""
+
+    kind: Literal["evaluate"]
+    registered_model: Name = "demo"
+    version: str = Field(default="latest", description="a version number, an alias, or 'latest'")
+    dataset: DatasetRef = DatasetRef()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class PromoteJob(Job):
+    """The candidate against the champion, by the rules."""
+
+    kind: Literal["promote"]
+    registered_model: Name = "demo"
+    dataset: DatasetRef = DatasetRef()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
+
+
+AnyJob = RebuildJob | PretrainJob | EvaluateJob | PromoteJob
+_ADAPTER: TypeAdapter[AnyJob] = TypeAdapter(Annotated[AnyJob, Field(discriminator="kind")])
+KINDS: dict[str, type[Job]] = {get_args(k.model_fields["kind"].annotation)[0]: k for k in get_args(AnyJob)}
+
+
+class JobFileError(ValueError):
+    """A job file that cannot be used: every problem on a line of its own, with the place and what to do."""
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> AnyJob:
+    """Read a job file, resolve `extends`, apply `a.b=value` overrides (values are YAML) and validate.
+
+    Raises `JobFileError` that lists every problem.
+    """
+    document = _read(Path(path), ())
+    for override in overrides or []:
+        dotted, equals, value = override.partition("=")
+        if not equals or not dotted:
+            raise JobFileError(f"override {override!r}: write it as a.b=value")
+        _assign(document, dotted.split("."), _parse(value, f"override {override!r}"), override)
+    return validate(document, str(path))
+
+
+def validate(document: dict[str, Any], where: str) -> AnyJob:
+    """A plain document -> a job. Raises `JobFileError`."""
+    kind = document.get("kind")
+    if kind not in KINDS:
+        raise JobFileError(f"{where}: kind is {kind!r}; choose one of {sorted(KINDS)}{_nearest(str(kind), KINDS)}")
+    try:
+        return _ADAPTER.validate_python(document)
+    except ValidationError as error:
+        lines = [_explain(e, KINDS[kind]) for e in error.errors()]
+        raise JobFileError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of all job files, for editors."""
+    return _ADAPTER.json_schema()
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise JobFileError(f"{path}: extends itself")
+    if not path.is_file():
+        raise JobFileError(f"{path}: no such job file")
+    document = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(document, dict):
+        raise JobFileError(f"{path}: a job file is a mapping, this is {type(document).__name__}")
+    base = document.pop("extends", None)
+    if base is None:
+        return document
+    return _merge(_read(path.parent / str(base), (*seen, path)), document)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobFileError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _assign(document: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    *parents, last = path
+    for name in parents:
+        document = document.setdefault(name, {})
+        if not isinstance(document, dict):
+            raise JobFileError(f"override {override!r}: {name} is a value, not a section")
+    document[last] = value
+
+
+def _explain(error: Any, job: type[Job]) -> str:
+    # pydantic puts the discriminator's value first, and the union branch nowhere else in these schemas
+    path = [str(p) for p in error["loc"][1:]]
+    dotted = ".".join(path) or "(file)"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(job, path[:-1])
+        return f"{dotted}: unknown key{_nearest(path[-1], known)}; known here: {', '.join(sorted(known))}"
+    return f"{dotted}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r:.120})"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> dict[str, Any]:
+    for name in path:
+        if name.isdigit():
+            continue
+        annotation = model.model_fields[name].annotation
+        models = [a for a in (annotation, *_flatten(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not models:
+            return {}
+        model = models[0]
+    return dict(model.model_fields)
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    inner = list(get_args(annotation))
+    return inner + [x for a in inner for x in _flatten(a)]
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

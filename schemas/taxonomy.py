@@ -1,0 +1,61 @@
+"""A taxonomy: the ordered list of classes that a corpus labels, each a thing or stuff, each seen in training or not."""
+
+from functools import cache
+from importlib import resources
+
+import yaml
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class Category(BaseModel):
+    """One class. `name` may list synonyms separated by commas; `seen` is false where no training mask has it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    isthing: bool
+    seen: bool = True
+
+
+class Taxonomy(BaseModel):
+    """Classes in their fixed order; names are unique.
+
+    Raises `ValueError` (pydantic) where a name stands twice or the list is empty.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    categories: tuple[Category, ...]
+
+    @model_validator(mode="after")
+    def _unique(self) -> "Taxonomy":
+        names = [c.name for c in self.categories]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if not names or twice:
+            raise ValueError(f"taxonomy {self.name!r}: " + (f"names stand twice: {twice}" if twice else "no classes"))
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.categories)
+
+    @property
+    def things(self) -> frozenset[str]:
+        return frozenset(c.name for c in self.categories if c.isthing)
+
+    def seen(self) -> "Taxonomy":
+        """The same taxonomy without the classes that have no mask in training."""
+        return Taxonomy(name=self.name, categories=tuple(c for c in self.categories if c.seen))
+
+
+@cache
+def shipped(name: str) -> Taxonomy:
+    """A taxonomy that ships with the project (`schemas/taxonomies/NAME.yaml`).
+
+    Raises `ValueError` naming the ones that exist.
+    """
+    folder = resources.files("schemas") / "taxonomies"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        choices = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+        raise ValueError(f"no taxonomy {name!r} ships with the project; choose one of {choices}")
+    return Taxonomy.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
