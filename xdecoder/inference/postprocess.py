@@ -1,0 +1,208 @@
+"""From mask classification to answers: semantic, panoptic and instance maps, and masks of phrases, of one image.
+
+Everything here is decision rules on (class, mask) pairs; the pairs come from the model and are scored elsewhere. The
+order is Mask2Former's: resize the logits to the padded input, crop the padding, resize to the picture as it came, then
+decide. Full-size masks are made for the chosen queries only, a few at a time, so memory does not grow with Q.
+
+Letters: Q queries, K classes, P phrases, h w mask grid of the model, H W pixels of the original picture.
+Tensors come in on any device; what goes out is numpy in host memory.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]
+
+# Elements of one full-size working tensor (256 MiB in float32); the chunks of queries and classes follow from it.
+CHUNK_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """Where a picture lies in what the model saw, each (height, width) in pixels.
+
+    padded     the tensor given to the model; the mask grid h, w spans all of it
+    valid      its upper left part that is picture, not padding
+    original   the picture as it came, and the size of all answers
+    """
+
+    padded: tuple[int, int]
+    valid: tuple[int, int]
+    original: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedSegment:
+    """One segment of a `PanopticMap`: its pixel value, class index, score in [0, 1] and kind."""
+
+    id: int
+    label: int
+    score: float
+    isthing: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanopticMap:
+    """labels int32[H, W]: the id of the segment at each pixel, 0 where there is none; `segments` lists every id once."""
+
+    labels: Array
+    segments: tuple[PredictedSegment, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instances:
+    """Scored, possibly overlapping things, best first: labels int64[n], scores float32[n], masks bool[n, H, W]."""
+
+    labels: Array
+    scores: Array
+    masks: Array
+
+
+@torch.no_grad()
+def semantic(class_probs: Tensor, mask_logits: Tensor, frame: Frame) -> Array:
+    """The most likely class of each pixel, sum_q p_q(c) sigmoid(m_q), background excluded (MaskFormer, section 3.4).
+
+    class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w] -> int64[H, W] in [0, K).
+    """
+    votes = class_probs[:, :-1].float()
+    best = torch.full(frame.original, -1.0, device=votes.device)
+    label = torch.zeros(frame.original, dtype=torch.int64, device=votes.device)
+    step = _chunk(frame)
+    for first in range(0, votes.shape[1], step):
+        some = votes[:, first : first + step]
+        scores = torch.zeros(some.shape[1], *frame.original, device=votes.device)
+        for rows, probs in _full_size_probs(mask_logits, frame):
+            scores += torch.einsum("qc,qhw->chw", some[rows], probs)
+        top, index = scores.max(0)
+        label = torch.where(top > best, index + first, label)
+        best = torch.maximum(top, best)
+    return label.cpu().numpy()
+
+
+@torch.no_grad()
+def panoptic(
+    class_probs: Tensor,
+    mask_logits: Tensor,
+    frame: Frame,
+    *,
+    things: Tensor,
+    object_threshold: float,
+    overlap_threshold: float,
+) -> PanopticMap:
+    """Non-overlapping segments by Mask2Former's rules (which, unlike MaskFormer's, cut a segment to sigmoid >= 0.5).
+
+    A query is a candidate where its best class is not background and scores above `object_threshold`. It owns the pixels
+    where score x sigmoid is largest, and gets those of them that it covers (sigmoid >= 0.5). It is dropped where it owns
+    less than `overlap_threshold` of what it covers. Stuff of one class is one segment, with the best score of its parts.
+
+    class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w], things bool[K].
+    """
+    scores, classes = class_probs.float().max(-1)
+    kept = (classes < class_probs.shape[1] - 1) & (scores > object_threshold)
+    scores, classes = scores[kept], classes[kept]
+    owner, covers, covered = _owners(scores, mask_logits[kept], frame)
+    owned = torch.bincount(owner.flatten(), minlength=len(scores) + 1)[:-1]
+    region = torch.where(covers, owner, len(scores))
+    visible = torch.bincount(region.flatten(), minlength=len(scores) + 1)[:-1]
+    columns = zip(*(t.tolist() for t in (scores, classes, owned, covered, visible)), strict=True)
+    ids = [0] * (len(scores) + 1)  # of each candidate; the last one stands for nobody
+    segments: list[PredictedSegment] = []
+    stuff: dict[int, int] = {}  # class -> position in `segments`
+    for query, (score, label, own, cover, see) in enumerate(columns):
+        if not see or own / cover < overlap_threshold:
+            continue
+        isthing = bool(things[label])
+        position = len(segments) if isthing else stuff.setdefault(label, len(segments))
+        best = max([score, *(s.score for s in segments[position : position + 1])])
+        segments[position : position + 1] = [
+            PredictedSegment(id=position + 1, label=label, score=best, isthing=isthing)
+        ]
+        ids[query] = position + 1
+    labels = torch.tensor(ids, dtype=torch.int32)[region.cpu()]
+    return PanopticMap(labels=labels.numpy(), segments=tuple(segments))
+
+
+@torch.no_grad()
+def instances(
+    class_probs: Tensor, mask_logits: Tensor, frame: Frame, *, things: Tensor, top_k: int
+) -> Instances:
+    """The `top_k` best (query, class) pairs of all Q x K, of which the things; masks may overlap (Mask2Former).
+
+    The score is the class's times the mean mask probability inside the mask (logit > 0); pairs with an empty mask are
+    dropped, so fewer than `top_k` may come back.
+
+    class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w], things bool[K].
+    """
+    flat = class_probs[:, :-1].float().flatten()
+    scores, order = flat.topk(min(top_k, flat.numel()))
+    queries, labels = order // (class_probs.shape[1] - 1), order % (class_probs.shape[1] - 1)
+    wanted = things.to(labels.device)[labels]
+    scores, queries, labels = scores[wanted], queries[wanted], labels[wanted]
+    used, index = queries.unique(return_inverse=True)
+    quality = torch.zeros(len(used), device=flat.device)
+    masks = np.zeros((len(used), *frame.original), dtype=bool)
+    for rows, probs in _full_size_probs(mask_logits[used], frame):
+        inside = probs > 0.5
+        quality[rows] = (probs * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+        masks[rows] = inside.cpu().numpy()
+    scores = scores * quality[index]
+    best = scores.argsort(descending=True, stable=True)
+    best = best[scores[best] > 0]
+    return Instances(
+        labels=labels[best].cpu().numpy(),
+        scores=scores[best].cpu().numpy(),
+        masks=masks[index[best].cpu().numpy()],
+    )
+
+
+@torch.no_grad()
+def referring(similarity: Tensor, mask_logits: Tensor, frame: Frame) -> Array:
+    """The mask of the query nearest to each phrase: float32[Q, P], float32[Q, h, w] -> bool[P, H, W] (sigmoid > 0.5)."""
+    chosen = mask_logits[similarity.argmax(0)]
+    masks = np.zeros((len(chosen), *frame.original), dtype=bool)
+    for rows, probs in _full_size_probs(chosen, frame):
+        masks[rows] = (probs > 0.5).cpu().numpy()
+    return masks
+
+
+def _chunk(frame: Frame) -> int:
+    return max(
+        1, CHUNK_ELEMENTS // max(frame.padded[0] * frame.padded[1], frame.original[0] * frame.original[1])
+    )
+
+
+def _full_size_probs(mask_logits: Tensor, frame: Frame) -> Iterator[tuple[slice, Tensor]]:
+    """sigmoid of the resized logits, a few queries at a time: (which rows, float32[rows, H, W])."""
+    step = _chunk(frame)
+    for first in range(0, len(mask_logits), step):
+        part = mask_logits[None, first : first + step].float()
+        part = F.interpolate(part, size=frame.padded, mode="bilinear", align_corners=False)
+        part = part[..., : frame.valid[0], : frame.valid[1]]
+        part = F.interpolate(part, size=frame.original, mode="bilinear", align_corners=False)
+        yield slice(first, first + step), part[0].sigmoid()
+
+
+def _owners(scores: Tensor, mask_logits: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
+    """Who owns each pixel (int64[H, W], n where n candidates are none), whether the owner covers it (bool[H, W]), and how
+    many pixels each candidate covers (int64[n]). The first of equals owns, as with argmax over all of them.
+    """
+    device, n = mask_logits.device, len(scores)
+    owner = torch.full(frame.original, n, dtype=torch.int64, device=device)
+    best = torch.full(frame.original, -1.0, device=device)
+    covers = torch.zeros(frame.original, dtype=torch.bool, device=device)
+    covered = torch.zeros(n, dtype=torch.int64, device=device)
+    for rows, probs in _full_size_probs(mask_logits, frame):
+        top, index = (scores[rows, None, None] * probs).max(0)
+        solid = probs >= 0.5
+        covered[rows] = solid.sum((1, 2))
+        wins = top > best
+        owner = torch.where(wins, index + rows.start, owner)
+        covers = torch.where(wins, solid.gather(0, index[None])[0], covers)
+        best = torch.maximum(top, best)
+    return owner, covers, covered
