@@ -107,25 +107,13 @@ def panoptic(
     kept = (classes < class_probs.shape[1] - 1) & (scores > object_threshold)
     scores, classes = scores[kept], classes[kept]
     owner, covers, covered = _owners(scores, mask_logits[kept], frame)
-    owned = torch.bincount(owner.flatten(), minlength=len(scores) + 1)[:-1]
     region = torch.where(covers, owner, len(scores))
-    visible = torch.bincount(region.flatten(), minlength=len(scores) + 1)[:-1]
-    columns = zip(*(t.tolist() for t in (scores, classes, owned, covered, visible)), strict=True)
-    ids = [0] * (len(scores) + 1)  # of each candidate; the last one stands for nobody
-    segments: list[PredictedSegment] = []
-    stuff: dict[int, int] = {}  # class -> position in `segments`
-    for query, (score, label, own, cover, see) in enumerate(columns):
-        if not see or own / cover < overlap_threshold:
-            continue
-        isthing = bool(things[label])
-        position = len(segments) if isthing else stuff.setdefault(label, len(segments))
-        best = max([score, *(s.score for s in segments[position : position + 1])])
-        segments[position : position + 1] = [
-            PredictedSegment(id=position + 1, label=label, score=best, isthing=isthing)
-        ]
-        ids[query] = position + 1
-    labels = torch.tensor(ids, dtype=torch.int32)[region.cpu()]
-    return PanopticMap(labels=labels.numpy(), segments=tuple(segments))
+    owned, visible = _areas(owner, len(scores)), _areas(region, len(scores))
+    stands = (visible > 0) & (owned / covered.double() >= overlap_threshold)
+    ids, segments = _segments(scores[stands].tolist(), classes[stands].tolist(), things)
+    id_of = torch.zeros(len(scores) + 1, dtype=torch.int32)  # the last candidate is nobody
+    id_of[:-1][stands.cpu()] = torch.tensor(ids, dtype=torch.int32)
+    return PanopticMap(labels=id_of[region.cpu()].numpy(), segments=segments)
 
 
 @torch.no_grad()
@@ -206,3 +194,22 @@ def _owners(scores: Tensor, mask_logits: Tensor, frame: Frame) -> tuple[Tensor, 
         covers = torch.where(wins, solid.gather(0, index[None])[0], covers)
         best = torch.maximum(top, best)
     return owner, covers, covered
+
+
+def _areas(owner: Tensor, num_candidates: int) -> Tensor:
+    return torch.bincount(owner.flatten(), minlength=num_candidates + 1)[:-1]
+
+
+def _segments(
+    scores: list[float], labels: list[int], things: Tensor
+) -> tuple[list[int], tuple[PredictedSegment, ...]]:
+    """The segment id of each candidate, and the segments: one for each thing, one for all stuff of a class."""
+    keys = [(label, query if things[label] else -1) for query, label in enumerate(labels)]
+    id_of = {key: i for i, key in enumerate(dict.fromkeys(keys), start=1)}
+    best: dict[tuple[int, int], float] = {}
+    for key, score in zip(keys, scores, strict=True):
+        best[key] = max(score, best.get(key, 0.0))
+    segments = (
+        PredictedSegment(id=i, label=key[0], score=best[key], isthing=key[1] >= 0) for key, i in id_of.items()
+    )
+    return [id_of[key] for key in keys], tuple(segments)
