@@ -47,14 +47,19 @@ class Metric(Protocol):
 
 
 class Rows:
-    """Per-image numbers that add up: float64[N, *shape]."""
+    """Rows of numbers, one an image (of detections: one a detection), merged by concatenation."""
 
     def __init__(self, *shape: int) -> None:
         self.shape = shape
         self._parts: list[Array] = []
+        self._num_rows = 0
+
+    def __len__(self) -> int:
+        return self._num_rows
 
     @property
     def array(self) -> Array:
+        """float64[N, *shape]."""
         self._parts = [np.concatenate([np.zeros((0, *self.shape)), *self._parts])]
         return self._parts[0]
 
@@ -66,6 +71,7 @@ class Rows:
         if rows.shape[1:] != self.shape:
             raise ValueError(f"rows of shape {rows.shape[1:]} do not fit a metric with rows of {self.shape}")
         self._parts.append(rows.astype(np.float64))
+        self._num_rows += len(rows)
 
     def total(self, weights: Array | None = None) -> Array:
         """float64[*shape], the sum over images, each times its weight (>= 0; 1 where none are given)."""
@@ -121,7 +127,7 @@ class PanopticQuality:
 
     @property
     def examples(self) -> int:
-        return len(self._rows.array)
+        return len(self._rows)
 
     def update(self, pred: PanopticMap, truth: Truth) -> None:
         """Raises `ValueError` where the maps differ in size or hold an id that is not listed."""
@@ -162,7 +168,7 @@ class MeanIoU:
 
     @property
     def examples(self) -> int:
-        return len(self._rows.array)
+        return len(self._rows)
 
     def update(self, pred: Array, truth: Truth) -> None:
         """pred int[H, W] in [0, K). Raises `ValueError` where the maps differ in size."""
@@ -203,10 +209,11 @@ class MaskAP:
 
     @property
     def examples(self) -> int:
-        return len(self._truths.array)
+        return len(self._truths)
 
     def update(self, pred: Instances, truth: Truth) -> None:
-        """Stuff in the truth is not an instance and is left out."""
+        """Stuff in the truth is left out. Raises `ValueError` where the masks differ in size."""
+        _same_size(pred.masks[:1], truth.labels[None][: len(pred.masks)])
         things = [s for s in truth.segments if self._things[s.label]]
         true = [
             _annotation(i, s.label, truth.labels == s.id, iscrowd=s.iscrowd) for i, s in enumerate(things)
@@ -321,11 +328,8 @@ def _annotation(
 def _coco(annotations: list[dict[str, Any]]) -> COCO:
     coco = COCO()
     labels = sorted({a["category_id"] for a in annotations})
-    coco.dataset = {
-        "images": [{"id": 1}],
-        "annotations": annotations,
-        "categories": [{"id": k} for k in labels],
-    }
+    image = {"id": 1, "height": None, "width": None}  # read by annToRLE, but not needed for run lengths
+    coco.dataset = {"images": [image], "annotations": annotations, "categories": [{"id": k} for k in labels]}
     coco.createIndex()
     return coco
 

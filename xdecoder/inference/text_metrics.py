@@ -79,7 +79,7 @@ class CaptionScores:
 
     @property
     def examples(self) -> int:
-        return len(self._rows.array)
+        return len(self._rows)
 
     def update(self, candidate: str, references: Sequence[str]) -> None:
         """Raises `ValueError` where there are no references."""
