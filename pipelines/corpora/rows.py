@@ -1,0 +1,61 @@
+"""What every reader yields: a `Row` for an image with its annotations, or a `Reject` with the reason.
+
+No pixels: heights, widths, areas and boxes are what the annotation file claims, and the build checks them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from schemas.jobs import CorpusConfig
+from schemas.records import Question, Referring, Reject, Segment, Source, Split
+
+# Why a reader refuses a record; the build adds reasons of its own for what only the pixels tell.
+Reason = Literal["record", "path", "no-image", "no-labels", "category", "segmentation", "text", "duplicate-id"]
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be read at all. The message names the file and what to do."""
+
+
+class Refusal(Exception):
+    """Raised inside a reader about one record; `refuse` turns it into a `Reject`."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One image and what one corpus says about it.
+
+    corpus, split   of the `CorpusConfig` it came from
+    image_id        stable within the corpus, e.g. "397133"; a relative path where images have no number
+    image_path      absolute, an existing file under the corpus root
+    height, width   pixels as the annotation file states them, None where it does not
+    taxonomy        name of the taxonomy that the segments' categories belong to
+    labels_path     absolute path of the PNG with RGB-coded segment ids; None without segments
+    segments        `id` is the RGB id in that PNG; the build renumbers them 1..n in this order
+    """
+
+    corpus: str
+    split: Split
+    image_id: str
+    image_path: str
+    height: int | None
+    width: int | None
+    taxonomy: str | None = None
+    labels_path: str | None = None
+    segments: tuple[Segment, ...] | None = None
+    referring: tuple[Referring, ...] = ()
+    captions: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+    source: Source
+
+
+def refuse(corpus: CorpusConfig, record: str, refusal: Refusal) -> Reject:
+    """The row of the rejects table for a refused record; `record` says which, e.g. "image 397133"."""
+    return Reject(
+        corpus=corpus.name, record=record, split=corpus.split, reason=refusal.reason, detail=refusal.detail
+    )
