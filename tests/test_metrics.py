@@ -1,4 +1,4 @@
-"""Laws of the metrics: equal to plain formulas and to the official tools, additive over images, strict about bad input."""
+"""Laws of the metrics: equal to plain formulas and official tools, additive, strict on bad input."""
 
 import contextlib
 import io
@@ -101,7 +101,7 @@ def random_instances(truth: Truth, rng: np.random.Generator) -> Instances:
     return Instances(labels=labels[things].astype(np.int64), scores=scores, masks=masks[things])
 
 
-# ------------------------------------------------------------------------------------------------------- panoptic
+# --------------------------------------------------------------------------------------------------- panoptic
 
 
 def plain_pq(pairs: list[tuple[PanopticMap, Truth]], classes: range | list[int]) -> dict[str, float]:
@@ -213,7 +213,7 @@ def test_pq_refuses_maps_that_do_not_fit(pred: PanopticMap, message: str) -> Non
         PanopticQuality(TAXONOMY).update(pred, truth_map(["1100"], [(1, 0, False)]))
 
 
-# ------------------------------------------------------------------------------------------------ semantic, instance
+# ----------------------------------------------------------------------------------------- semantic, instance
 
 
 def test_mean_iou_equals_the_plain_formula() -> None:
@@ -348,7 +348,7 @@ def test_truth_of_names_the_sample_and_what_is_wrong() -> None:
         truth_of(Sample(meta=strange, image=image, labels=labels), TAXONOMY)
 
 
-# -------------------------------------------------------------------------------------------------------- retrieval
+# -------------------------------------------------------------------------------------------------- retrieval
 
 
 def test_recall_equals_sorting_when_there_are_no_ties() -> None:
@@ -393,7 +393,7 @@ def test_recall_refuses_what_cannot_be_ranked() -> None:
         RetrievalRecall().update(np.eye(2), np.array([0, 2]))
 
 
-# --------------------------------------------------------------------------------------------------------- captions
+# --------------------------------------------------------------------------------------------------- captions
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,8 @@ def test_bleu_by_hand() -> None:
         "the the the cat sat", ["The cat sat down.", "a cat sat on the mat"]
     )  # lengths 5; 4 or 6: the shorter
     metric.update("a red circle on grass", ["a red circle on the grass"])
-    # hits n=1: min(3,1)+1+1 = 3, and 5; n=2: "the cat", "cat sat" = 2, and 3; n=3: "the cat sat" = 1, and 2; n=4: 0, and 1
+    # hits n=1: min(3,1)+1+1 = 3, and 5; n=2: "the cat", "cat sat" = 2, and 3; n=3: "the cat sat" = 1, and 2;
+    # n=4: 0, and 1
     precision = (8 / 10) * (5 / 8) * (3 / 6) * (1 / 4)
     assert metric.compute()["BLEU4"] == pytest.approx(100 * precision**0.25 * 1)  # 10 words against 4 + 6
 
@@ -468,7 +469,7 @@ def test_f1_is_over_sets() -> None:
     assert metric.compute()["F1"] == pytest.approx(100 * 2 / 5)
 
 
-# -------------------------------------------------------------------------------------------------------------- VQA
+# -------------------------------------------------------------------------------------------------------- VQA
 
 
 @pytest.mark.parametrize(
@@ -518,7 +519,7 @@ def test_vqa_by_kind() -> None:
         metric.update(["so"], [question("why", "so")])
 
 
-# ----------------------------------------------------------------------------------------------- laws of all metrics
+# ---------------------------------------------------------------------------------------- laws of all metrics
 
 
 def filled(name: str, part: slice) -> Metric:

@@ -1,4 +1,4 @@
-"""Laws of the decision rules: tiny cases by hand, and plain full-size formulas that the chunked code must equal."""
+"""Laws of the decision rules: tiny cases by hand, and plain full-size formulas."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,8 @@
-"""Scores of what is drawn: semantic, panoptic, instance and referring masks. Scores of what is said: `text_metrics`.
+"""Scores of masks: semantic, panoptic, instance and referring. Scores of words stand in `text_metrics`.
 
-Every metric keeps something per image, so that the results of two ranks are merged by concatenation, a whole evaluation is
-stored with `np.savez`, and a score can be recomputed for any weighting of the images (paired bootstrap over images).
-Nothing here runs a model or reads a file.
+Every metric keeps something per image, so that the results of two ranks are merged by concatenation, a whole
+evaluation is stored with `np.savez`, and a score can be recomputed for any weighting of the images (paired
+bootstrap over images). Nothing here runs a model or reads a file.
 
     metric.update(...)          one image (retrieval: the whole gallery)
     metric.examples             how many were scored: images, phrases, texts or questions, as each class says
@@ -24,12 +24,11 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from schemas.masks import encode_rle
+from schemas.masks import Array, encode_rle
 from schemas.records import Sample
 from schemas.taxonomy import Taxonomy
 from xdecoder.inference.postprocess import Instances, PanopticMap
 
-Array = np.ndarray[Any, Any]
 Scores = dict[str, float]
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO
@@ -95,6 +94,13 @@ class Truth:
     labels: Array
     segments: tuple[TruthSegment, ...]
 
+    def class_map(self) -> Array:
+        """int64[H, W]: the class at each pixel, that of crowds too; -1 where void."""
+        of_id = np.full(int(self.labels.max(initial=0)) + 1, -1)
+        for segment in self.segments:
+            of_id[segment.id] = segment.label
+        return of_id[self.labels]
+
 
 def truth_of(sample: Sample, taxonomy: Taxonomy) -> Truth:
     """The panoptic truth of a sample, classes as indices into the taxonomy.
@@ -107,7 +113,8 @@ def truth_of(sample: Sample, taxonomy: Taxonomy) -> Truth:
     unknown = sorted({s.category for s in sample.meta.segments} - index.keys())
     if unknown:
         raise ValueError(
-            f"sample {sample.key!r} has classes {unknown} that taxonomy {taxonomy.name!r} lacks; it has {taxonomy.names}"
+            f"sample {sample.key!r} has classes {unknown} that taxonomy {taxonomy.name!r} lacks; "
+            f"it has {taxonomy.names}"
         )
     segments = (
         TruthSegment(id=s.id, label=index[s.category], iscrowd=s.iscrowd) for s in sample.meta.segments
@@ -140,7 +147,7 @@ class PanopticQuality:
         self._rows.extend(arrays["rows"])
 
     def compute(self, weights: Array | None = None, classes: Sequence[int] | None = None) -> Scores:
-        """{PQ, SQ, RQ, PQ_things, PQ_stuff}: means over the classes (of the subset) that occur in truth or prediction."""
+        """{PQ, SQ, RQ, PQ_things, PQ_stuff}: means over the classes (of the subset) that occur at all."""
         iou, tp, fp, fn = self._rows.total(weights).T
         weight = tp + fp / 2 + fn / 2
         chosen = _subset(classes, len(iou)) & (weight > 0)
@@ -158,8 +165,10 @@ class PanopticQuality:
 class MeanIoU:
     """mIoU of a class map. Example: an image.
 
-    Void pixels are not scored. A crowd segment counts as its class, as in COCO's stuff conversion: a pixel of a crowd of
-    people is a person. Rows float64[K, 3]: pixels in the intersection, in the truth, in the prediction.
+    Void pixels are not scored. A crowd segment counts as its class, as in COCO's stuff conversion: a pixel of
+    a crowd of people is a person.
+
+    Rows float64[K, 3]: pixels in the intersection, in the truth, in the prediction.
     """
 
     def __init__(self, taxonomy: Taxonomy) -> None:
@@ -174,10 +183,7 @@ class MeanIoU:
         """pred int[H, W] in [0, K). Raises `ValueError` where the maps differ in size."""
         _same_size(pred, truth.labels)
         num_classes = len(self.taxonomy.names)
-        of_id = np.full(int(truth.labels.max(initial=0)) + 1, -1)
-        for segment in truth.segments:
-            of_id[segment.id] = segment.label
-        true = of_id[truth.labels]
+        true = truth.class_map()
         true, guess = true[true >= 0], pred[true >= 0]
         counts = [np.bincount(c, minlength=num_classes) for c in (true[true == guess], true, guess)]
         self._rows.append(np.stack(counts, axis=1))
@@ -195,10 +201,10 @@ class MeanIoU:
 
 
 class MaskAP:
-    """COCO mask AP (segm, all areas, 100 detections a class and image), matched by pycocotools. Example: an image.
+    """COCO mask AP (all areas, 100 detections a class and image), matched by pycocotools. Example: an image.
 
-    Kept per image: float64[K] the number of true things that are no crowd, and a row for each detection: image, class,
-    score, then for each of the ten IoU thresholds 1 matched, 0 not, -1 ignored (on a crowd).
+    Kept per image: float64[K] the number of true things that are no crowd, and a row for each detection:
+    image, class, score, then for each of the ten IoU thresholds 1 matched, 0 not, -1 ignored (on a crowd).
     """
 
     def __init__(self, taxonomy: Taxonomy) -> None:
@@ -237,7 +243,7 @@ class MaskAP:
         self._truths.extend(arrays["truths"])
 
     def compute(self, weights: Array | None = None, classes: Sequence[int] | None = None) -> Scores:
-        """{AP, AP50}: means over the classes (of the subset) with truth; `weights` count an image that many times."""
+        """{AP, AP50}: means over the classes (of the subset) with truth."""
         weight = np.ones(self.examples) if weights is None else _checked(weights, self.examples)
         truths, rows = weight @ self._truths.array, self._detections.array
         chosen = np.flatnonzero(_subset(classes, len(truths)) & (truths > 0))
@@ -273,7 +279,7 @@ class ReferringIoU:
         self._rows.extend(arrays["rows"])
 
     def compute(self, weights: Array | None = None) -> Scores:
-        """{cIoU, mIoU, P_0.5}: cIoU sums pixels over all phrases first, the others give each phrase one vote."""
+        """{cIoU, mIoU, P_0.5}: cIoU sums the pixels of all phrases, the others give each phrase one vote."""
         both, either, iou, hits, phrases = self._rows.total(weights)
         return {
             "cIoU": percent(both, either),
@@ -285,8 +291,9 @@ class ReferringIoU:
 def panoptic_row(pred: PanopticMap, truth: Truth, num_classes: int) -> Array:
     """float64[K, 4], sum of IoU, TP, FP, FN of one image, by panopticapi's rules.
 
-    A pair of one class with IoU > 0.5 is a match; pixels of the prediction on void are outside the union. A prediction
-    that lies to more than half on void or on a crowd of its class is no false positive; a crowd is never missed.
+    A pair of one class with IoU > 0.5 is a match; pixels of the prediction on void are outside the union. A
+    prediction that lies to more than half on void or on a crowd of its class is no false positive; a crowd is
+    never missed.
     """
     pixels = _intersections(pred, truth)  # int64[truth ids, predicted ids]
     areas_true, areas_pred = pixels.sum(1), pixels.sum(0)
@@ -335,7 +342,7 @@ def _coco(annotations: list[dict[str, Any]]) -> COCO:
 
 
 def _coco_matches(true: list[dict[str, Any]], guess: list[dict[str, Any]]) -> Array:
-    """float64[D, 2 + 10] of one image: class, score, outcome at each threshold (1 matched, 0 not, -1 ignored)."""
+    """float64[D, 2 + 10] of one image: class, score, outcome at each threshold as `MaskAP` keeps it."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_coco(true), _coco(guess), "segm")
         params = evaluation.params
@@ -351,7 +358,7 @@ def _coco_matches(true: list[dict[str, Any]], guess: list[dict[str, Any]]) -> Ar
 
 
 def _average_precision(rows: Array, weight: Array, truths: float) -> Array:
-    """float64[10] in [0, 1]: COCO's 101-point precision of one class, each detection counted as often as its image."""
+    """float64[10] in [0, 1]: COCO's 101-point precision of one class, detections weighted by their image."""
     rows = rows[np.argsort(-rows[:, 2], kind="stable")]
     counts = weight[rows[:, 0].astype(int)][:, None]
     right = np.cumsum(counts * (rows[:, 3:] == 1), axis=0)
@@ -364,7 +371,7 @@ def _average_precision(rows: Array, weight: Array, truths: float) -> Array:
 
 
 def _intersections(pred: PanopticMap, truth: Truth) -> Array:
-    """int64[truth ids, predicted ids], the pixels that two segments share; row and column 0 are void and nothing."""
+    """int64[truth ids, predicted ids], the pixels that two segments share; row 0 is void."""
     _same_size(pred.labels, truth.labels)
     height = max([0, int(truth.labels.max(initial=0)), *(s.id for s in truth.segments)]) + 1
     width = max([0, int(pred.labels.max(initial=0)), *(s.id for s in pred.segments)]) + 1

@@ -1,8 +1,9 @@
-"""From mask classification to answers: semantic, panoptic and instance maps, and masks of phrases, of one image.
+"""From mask classification to answers for one image: class map, segments, instances, masks of phrases.
 
-Everything here is decision rules on (class, mask) pairs; the pairs come from the model and are scored elsewhere. The
-order is Mask2Former's: resize the logits to the padded input, crop the padding, resize to the picture as it came, then
-decide. Full-size masks are made for the chosen queries only, a few at a time, so memory does not grow with Q.
+Everything here is decision rules on (class, mask) pairs; the pairs come from the model and are scored
+elsewhere. The order is Mask2Former's: resize the logits to the padded input, crop the padding, resize to the
+picture as it came, then decide. Full-size masks are made for the chosen queries only, a few at a time, so
+memory does not grow with Q.
 
 Letters: Q queries, K classes, P phrases, h w mask grid of the model, H W pixels of the original picture.
 Tensors come in on any device; what goes out is numpy in host memory.
@@ -10,16 +11,15 @@ Tensors come in on any device; what goes out is numpy in host memory.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Array = np.ndarray[Any, Any]
+from schemas.masks import Array
 
-# Elements of one full-size working tensor (256 MiB in float32); the chunks of queries and classes follow from it.
+# Elements of one full-size working tensor (256 MiB in float32); gives the chunks of queries and classes.
 CHUNK_ELEMENTS = 1 << 26
 
 
@@ -49,7 +49,7 @@ class PredictedSegment:
 
 @dataclass(frozen=True, kw_only=True)
 class PanopticMap:
-    """labels int32[H, W]: the id of the segment at each pixel, 0 where there is none; `segments` lists every id once."""
+    """labels int32[H, W]: the id of the segment at each pixel, 0 for none; `segments` lists every id once."""
 
     labels: Array
     segments: tuple[PredictedSegment, ...]
@@ -57,7 +57,7 @@ class PanopticMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Instances:
-    """Scored, possibly overlapping things, best first: labels int64[n], scores float32[n], masks bool[n, H, W]."""
+    """Things, possibly overlapping, best first: labels int64[n], scores float32[n], masks bool[n, H, W]."""
 
     labels: Array
     scores: Array
@@ -66,9 +66,9 @@ class Instances:
 
 @torch.no_grad()
 def semantic(class_probs: Tensor, mask_logits: Tensor, frame: Frame) -> Array:
-    """The most likely class of each pixel, sum_q p_q(c) sigmoid(m_q), background excluded (MaskFormer, section 3.4).
+    """The class of each pixel: argmax over c of sum_q p_q(c) sigmoid(m_q), no background (MaskFormer, 3.4).
 
-    class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w] -> int64[H, W] in [0, K).
+    class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w] -> int64[H, W].
     """
     votes = class_probs[:, :-1].float()
     best = torch.full(frame.original, -1.0, device=votes.device)
@@ -95,11 +95,12 @@ def panoptic(
     object_threshold: float,
     overlap_threshold: float,
 ) -> PanopticMap:
-    """Non-overlapping segments by Mask2Former's rules (which, unlike MaskFormer's, cut a segment to sigmoid >= 0.5).
+    """Non-overlapping segments by Mask2Former's rules, which, unlike MaskFormer's, cut to sigmoid >= 0.5.
 
-    A query is a candidate where its best class is not background and scores above `object_threshold`. It owns the pixels
-    where score x sigmoid is largest, and gets those of them that it covers (sigmoid >= 0.5). It is dropped where it owns
-    less than `overlap_threshold` of what it covers. Stuff of one class is one segment, with the best score of its parts.
+    A query is a candidate where its best class is not background and scores above `object_threshold`. It owns
+    the pixels where score x sigmoid is largest, and gets those of them that it covers (sigmoid >= 0.5). It is
+    dropped where it owns less than `overlap_threshold` of what it covers. Stuff of one class is one segment,
+    with the best score of its parts.
 
     class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w], things bool[K].
     """
@@ -120,10 +121,10 @@ def panoptic(
 def instances(
     class_probs: Tensor, mask_logits: Tensor, frame: Frame, *, things: Tensor, top_k: int
 ) -> Instances:
-    """The `top_k` best (query, class) pairs of all Q x K, of which the things; masks may overlap (Mask2Former).
+    """The `top_k` best (query, class) pairs of all Q x K, of which the things (Mask2Former).
 
-    The score is the class's times the mean mask probability inside the mask (logit > 0); pairs with an empty mask are
-    dropped, so fewer than `top_k` may come back.
+    The score is the class's times the mean mask probability inside the mask (logit > 0); pairs with an empty
+    mask are dropped, so fewer than `top_k` may come back.
 
     class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w], things bool[K].
     """
@@ -151,7 +152,10 @@ def instances(
 
 @torch.no_grad()
 def referring(similarity: Tensor, mask_logits: Tensor, frame: Frame) -> Array:
-    """The mask of the query nearest to each phrase: float32[Q, P], float32[Q, h, w] -> bool[P, H, W] (sigmoid > 0.5)."""
+    """The mask (sigmoid > 0.5) of the query nearest to each phrase.
+
+    similarity float32[Q, P], mask_logits float32[Q, h, w] -> bool[P, H, W].
+    """
     chosen = mask_logits[similarity.argmax(0)]
     masks = np.zeros((len(chosen), *frame.original), dtype=bool)
     for rows, probs in _full_size_probs(chosen, frame):
@@ -177,8 +181,8 @@ def _full_size_probs(mask_logits: Tensor, frame: Frame) -> Iterator[tuple[slice,
 
 
 def _owners(scores: Tensor, mask_logits: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
-    """Who owns each pixel (int64[H, W], n where n candidates are none), whether the owner covers it (bool[H, W]), and how
-    many pixels each candidate covers (int64[n]). The first of equals owns, as with argmax over all of them.
+    """Who owns each pixel (int64[H, W], n for nobody), whether the owner covers it (bool[H, W]), and how many
+    pixels each of the n candidates covers (int64[n]). The first of equals owns, as with argmax over all.
     """
     device, n = mask_logits.device, len(scores)
     owner = torch.full(frame.original, n, dtype=torch.int64, device=device)
@@ -203,7 +207,7 @@ def _areas(owner: Tensor, num_candidates: int) -> Tensor:
 def _segments(
     scores: list[float], labels: list[int], things: Tensor
 ) -> tuple[list[int], tuple[PredictedSegment, ...]]:
-    """The segment id of each candidate, and the segments: one for each thing, one for all stuff of a class."""
+    """The segment id of each candidate, and the segments: one a thing, one for all stuff of a class."""
     keys = [(label, query if things[label] else -1) for query, label in enumerate(labels)]
     id_of = {key: i for i, key in enumerate(dict.fromkeys(keys), start=1)}
     best: dict[tuple[int, int], float] = {}

@@ -6,11 +6,13 @@ Letters: N images, T texts.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from schemas.masks import Array
 from schemas.records import Question
-from xdecoder.inference.metrics import Array, Rows, Scores, percent
+from xdecoder.inference.metrics import Rows, Scores, percent
 from xdecoder.inference.wording import ClassNames, normalise_answer, words
 
 RANKS = (1, 5, 10)
@@ -19,9 +21,9 @@ RANKS = (1, 5, 10)
 class RetrievalRecall:
     """Recall at 1, 5 and 10, both ways, in one gallery. Example: a text.
 
-    Ties count against the model (a constant similarity scores 0 in any gallery of more than k). Rows float64[2, 4], hits
-    at 1, 5, 10 and queries: of the texts of an image (text to image), and of the image (image to text). A weighting of
-    the images weighs queries; the gallery stays whole.
+    Ties count against the model (a constant similarity scores 0 in any gallery of more than k). Rows
+    float64[2, 4], hits at 1, 5, 10 and queries: of the texts of an image (text to image), and of the image
+    (image to text). A weighting of the images weighs queries; the gallery stays whole.
     """
 
     def __init__(self) -> None:
@@ -68,9 +70,10 @@ class RetrievalRecall:
 class CaptionScores:
     """F1 over the classes that a caption names, and corpus BLEU-4. Example: an image.
 
-    F1 compares the set of classes named in the caption with the set named in any of the references (`wording.ClassNames`)
-    and is averaged over images. BLEU-4 is that of the COCO caption toolkit (closest reference length, no smoothing), but
-    with our tokeniser instead of the Java one. Rows float64[12]: F1, 1, n-gram hits (4), n-grams (4), lengths (2).
+    F1 compares the set of classes named in the caption with the set named in any of the references
+    (`wording.ClassNames`) and is averaged over images. BLEU-4 is that of the COCO caption toolkit (closest
+    reference length, no smoothing), but with our tokeniser instead of the Java one. Rows float64[12]: F1, 1,
+    n-gram hits (4), n-grams (4), lengths (2).
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -86,7 +89,7 @@ class CaptionScores:
         if not references:
             raise ValueError(f"caption {candidate!r} has no references to be compared with")
         named = frozenset().union(*(self.names.named(r) for r in references))
-        row = bleu_row(words(candidate), [words(r) for r in references])
+        row = bleu_row(words(candidate), References.of(references))
         self._rows.append(np.concatenate([[set_f1(self.names.named(candidate), named), 1], row]))
 
     def export(self) -> dict[str, Array]:
@@ -142,25 +145,38 @@ def set_f1(guess: frozenset[str], true: frozenset[str]) -> float:
     return 2 * len(guess & true) / (len(guess) + len(true)) if guess or true else 1.0
 
 
-def bleu_row(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> Array:
-    """float64[10] of one caption: clipped n-gram hits for n = 1..4, n-grams, length, closest reference length (the shorter
-    of two equally close).
-    """
-    hits, total = [], []
-    for n in range(1, 5):
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """The references of one image as BLEU needs them: the most of each n-gram in any one, and the lengths."""
+
+    most: Counter[tuple[str, ...]]
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def of(texts: Sequence[str]) -> "References":
+        tokens = [words(text) for text in texts]
         most: Counter[tuple[str, ...]] = Counter()
-        for reference in references:
-            most |= ngrams(reference, n)
-        mine = ngrams(candidate, n)
-        hits.append((mine & most).total())
-        total.append(mine.total())
+        for counts in map(ngrams, tokens):
+            most |= counts
+        return References(most=most, lengths=tuple(map(len, tokens)))
+
+
+def bleu_row(candidate: Sequence[str], references: References) -> Array:
+    """float64[10] of one caption: clipped n-gram hits for n = 1..4, n-grams, length, closest reference length
+    (the shorter of two equally close).
+    """
+    row = np.zeros(10)
+    for gram, count in ngrams(candidate).items():
+        row[len(gram) - 1] += min(count, references.most[gram])
+        row[len(gram) + 3] += count
     length = len(candidate)
-    closest = min((abs(len(r) - length), len(r)) for r in references)[1]
-    return np.array([*hits, *total, length, closest], dtype=np.float64)
+    row[8:] = length, min((abs(n - length), n) for n in references.lengths)[1]
+    return row
 
 
-def ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+def ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
+    """How often each run of 1 to 4 words occurs."""
+    return Counter(tuple(tokens[i : i + n]) for n in range(1, 5) for i in range(len(tokens) - n + 1))
 
 
 def bleu(total: Array) -> float:
@@ -173,9 +189,10 @@ def bleu(total: Array) -> float:
 
 
 def vqa_accuracy(answer: str, truth: Sequence[str]) -> float:
-    """Mean over the people, each left out once, of min(1, others who gave this answer / 3) (visualqa.org/evaluation).
+    """Mean over the people, each left out once, of min(1, others with this answer / 3) (VQA v2).
 
-    Both sides are normalised. Where fewer than four people answered, all of the others suffice; one alone must agree.
+    Both sides are normalised. Where fewer than four people answered, all the others suffice; one alone must
+    agree.
     """
     agree = [normalise_answer(a) == normalise_answer(answer) for a in truth]
     if len(agree) < 2:

@@ -1,4 +1,4 @@
-"""Words of captions, answers and class names, made comparable. Plain rules on strings: no tokenizer, no model."""
+"""Words of captions, answers and class names, made comparable by plain rules on strings."""
 
 import re
 from collections.abc import Sequence
@@ -26,10 +26,11 @@ _ARTICLES = frozenset({"a", "an", "the"})
 
 # Contractions that are no other word without their apostrophe (unlike "its" or "well").
 _CONTRACTED = """
-ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how's i'm i've isn't it'd
-it'll let's ma'am might've mightn't must've mustn't needn't o'clock shan't she's should've shouldn't somebody's someone's
-that's there'd there's they'd they'll they're they've wasn't we've weren't what'll what's when's where's who'd who'll
-who's why's won't would've wouldn't y'all you'd you'll you're you've
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how's i'm
+i've isn't it'd it'll let's ma'am might've mightn't must've mustn't needn't o'clock shan't she's should've
+shouldn't somebody's someone's that's there'd there's they'd they'll they're they've wasn't we've weren't
+what'll what's when's where's who'd who'll who's why's won't would've wouldn't y'all you'd you'll you're
+you've
 """
 _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 
@@ -40,9 +41,10 @@ def words(text: str) -> list[str]:
 
 
 def normalise_answer(answer: str) -> str:
-    """An answer as VQA v2 compares it (visualqa.org/evaluation): lower case, no periods but in decimals, no commas inside
-    numbers, other punctuation a space except apostrophe and colon, digits for number words, no articles, apostrophes in
-    contractions.
+    """An answer as VQA v2 compares it (visualqa.org/evaluation).
+
+    Lower case, no periods but in decimals, no commas inside numbers, other punctuation a space except
+    apostrophe and colon, digits for number words, no articles, apostrophes in contractions.
     """
     text = re.sub(r"(?<=\d),(?=\d)", "", answer.lower().replace("’", "'"))
     text = re.sub(r"\.(?!\d)", "", text)
@@ -54,8 +56,8 @@ def normalise_answer(answer: str) -> str:
 class ClassNames:
     """Finds which classes a text names, in the singular or the plural.
 
-    A class name may list synonyms separated by commas; its endings "-merged", "-other" and "-stuff" are not said. Where
-    one name lies inside another ("dog" in "hot dog"), the longer one is meant.
+    A class name may list synonyms separated by commas; its endings "-merged", "-other" and "-stuff" are not
+    said. Where one name lies inside another ("dog" in "hot dog"), the longer one is meant.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -80,7 +82,7 @@ class ClassNames:
 
 
 def _forms(word: str) -> tuple[str, ...]:
-    """A noun and the ways its plural (or, given a plural, its singular) may be written; too many do no harm."""
+    """A noun and how its plural (or, given a plural, its singular) may be written; too many do no harm."""
     forms = [word, word + "s", word + "es"]
     if word in _IRREGULAR:
         forms.append(_IRREGULAR[word])
