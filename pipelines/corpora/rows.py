@@ -10,7 +10,9 @@ from schemas.jobs import CorpusConfig
 from schemas.records import Question, Referring, Reject, Segment, Source, Split
 
 # Why a reader refuses a record; the build adds reasons of its own for what only the pixels tell.
-Reason = Literal["record", "path", "no-image", "no-labels", "category", "segmentation", "text", "duplicate-id"]
+Reason = Literal[
+    "record", "path", "no-image", "no-labels", "category", "segmentation", "text", "duplicate-id"
+]
 
 
 class CorpusError(ValueError):

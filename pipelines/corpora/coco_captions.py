@@ -1,0 +1,69 @@
+"""COCO captions: a JSON with `images` and `annotations`, several captions an image.
+
+Settings used: `images`, `annotations`. Format: https://cocodataset.org/#format-data, section 5.
+"""
+
+from collections.abc import Iterator
+
+from pipelines.corpora.coco_images import CocoImages
+from pipelines.corpora.files import Entry, Id, annotation_file, label, load_json, parse, section, text
+from pipelines.corpora.rows import Refusal, Row, refuse
+from schemas.jobs import CorpusConfig
+from schemas.records import Reject, Source
+
+
+def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
+    """One row an image that has captions, in the order of `images`; one reject an unusable caption or image.
+
+    Raises `CorpusError`.
+    """
+    path = annotation_file(corpus, "annotations")
+    document = load_json(path)
+    images = CocoImages(corpus, document, path)
+    by_image: dict[str, list[_Caption]] = {}
+    done: set[str] = set()
+    for position, record in enumerate(section(document, "annotations", path)):
+        try:
+            caption = _caption(record)
+            if str(caption.id) in done:
+                raise Refusal("duplicate-id", "a caption with this id was read already")
+            done.add(str(caption.id))
+            by_image.setdefault(str(caption.image_id), []).append(caption)
+        except Refusal as refusal:
+            yield refuse(corpus, label("caption", record, "id", position), refusal)
+    known = images.ids()
+    for image_id in [i for i in known if i in by_image] + [i for i in by_image if i not in set(known)]:
+        try:
+            yield _row(corpus, images, image_id, by_image[image_id])
+        except Refusal as refusal:
+            yield refuse(corpus, f"image {image_id}", refusal)
+
+
+def _caption(record: object) -> "_Caption":
+    caption = parse(_Caption, record)
+    return caption.model_copy(update={"caption": text(caption.caption)})
+
+
+def _row(corpus: CorpusConfig, images: CocoImages, image_id: str, captions: list["_Caption"]) -> Row:
+    image = images[image_id]
+    return Row(
+        corpus=corpus.name,
+        split=corpus.split,
+        image_id=image.id,
+        image_path=image.path,
+        height=image.height,
+        width=image.width,
+        captions=tuple(caption.caption for caption in captions),
+        source=Source(
+            corpus=corpus.name,
+            files=(image.file,),
+            ids=tuple(str(caption.id) for caption in captions),
+            licence=image.licence,
+        ),
+    )
+
+
+class _Caption(Entry):
+    id: Id
+    image_id: Id
+    caption: str

@@ -1,0 +1,67 @@
+"""The `images` and `licenses` sections that all COCO annotation files share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipelines.corpora.files import Entry, Id, Pixels, data_file, index, only, parse, section
+from pipelines.corpora.rows import Refusal
+from schemas.jobs import CorpusConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoImage:
+    """An entry of `images` whose file exists. `file` is `path` below the corpus root; sizes in pixels."""
+
+    id: str
+    path: str
+    file: str
+    height: int
+    width: int
+    licence: str
+
+
+class CocoImages:
+    """Images of one annotation file by id."""
+
+    def __init__(self, corpus: CorpusConfig, document: dict[str, Any], path: Path) -> None:
+        """Raises `CorpusError` where the file has no list `images`."""
+        self._corpus = corpus
+        self._images = index(section(document, "images", path))
+        licences = document.get("licenses")
+        self._licences = index(licences if isinstance(licences, list) else [])
+
+    def __getitem__(self, image_id: Id) -> CocoImage:
+        """Raises `Refusal`: unknown or ambiguous id, wrong types, no file, a path that leaves the root."""
+        entry = parse(_Image, only(self._images, image_id, "image", "no-image"))
+        path, file = data_file(self._corpus, self._corpus.images, entry.file_name, "no-image")
+        licence = self._corpus.licence or self._licence(entry.license)
+        return CocoImage(
+            id=str(entry.id), path=path, file=file, height=entry.height, width=entry.width, licence=licence
+        )
+
+    def ids(self) -> list[str]:
+        """In the order of the file, each once."""
+        return list(self._images)
+
+    def _licence(self, licence_id: Id | None) -> str:
+        if licence_id is None:
+            return ""
+        try:
+            return parse(_Licence, only(self._licences, licence_id, "licence", "record")).name
+        except Refusal:
+            return f"licence {licence_id}"  # the file names one that it does not describe
+
+
+class _Image(Entry):
+    id: Id
+    file_name: str = Field(min_length=1)
+    height: Pixels
+    width: Pixels
+    license: Id | None = None
+
+
+class _Licence(Entry):
+    name: str

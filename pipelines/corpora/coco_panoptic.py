@@ -1,0 +1,128 @@
+"""COCO panoptic: a JSON of segments, and a folder of PNGs whose colours are ids.
+
+id = R + 256 G + 65536 B, 0 is void. Settings used: `images`, `annotations`, `labels`. Format: https://cocodataset.org/#format-data, section 4.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from pipelines.corpora.coco_images import CocoImages
+from pipelines.corpora.files import (
+    Entry,
+    Id,
+    annotation_file,
+    data_file,
+    index,
+    label,
+    load_json,
+    only,
+    parse,
+    section,
+)
+from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
+from schemas.jobs import CorpusConfig
+from schemas.records import Reject, Segment, Source
+from schemas.taxonomy import Category, Taxonomy
+
+
+def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
+    """One row an annotation, one reject an unusable one or an image without. Raises `CorpusError`."""
+    path = annotation_file(corpus, "annotations")
+    document = load_json(path)
+    images = CocoImages(corpus, document, path)
+    categories = index(_categories(document, path))
+    done: set[str] = set()
+    for position, record in enumerate(section(document, "annotations", path)):
+        try:
+            annotation = parse(_Annotation, record)
+            if str(annotation.image_id) in done:
+                raise Refusal("duplicate-id", "the image has an annotation already")
+            done.add(str(annotation.image_id))
+            yield _row(corpus, annotation, images, categories)
+        except Refusal as refusal:
+            yield refuse(corpus, label("image", record, "image_id", position), refusal)
+    for image_id in images.ids():
+        if image_id not in done:
+            yield refuse(corpus, f"image {image_id}", Refusal("no-labels", "the image has no annotation"))
+
+
+def taxonomy(corpus: CorpusConfig) -> Taxonomy:
+    """The `categories` in the order of the file, named after the corpus. Raises `CorpusError`."""
+    path = annotation_file(corpus, "annotations")
+    try:
+        parsed = [parse(_Category, record) for record in _categories(load_json(path), path)]
+        categories = tuple(Category(name=c.name, isthing=c.isthing) for c in parsed)
+        return Taxonomy(name=corpus.name, categories=categories)
+    except Refusal as refusal:
+        raise CorpusError(f"{path}: a category is malformed: {refusal.detail}") from None
+    except ValidationError as error:
+        raise CorpusError(f"{path}: {error.errors()[0]['msg']}") from None
+
+
+def _row(
+    corpus: CorpusConfig, annotation: "_Annotation", images: CocoImages, categories: dict[str, list[Any]]
+) -> Row:
+    image = images[annotation.image_id]
+    labels_path, labels_file = data_file(corpus, corpus.labels, annotation.file_name, "no-labels")
+    ids = [segment.id for segment in annotation.segments_info]
+    if len(set(ids)) < len(ids):
+        raise Refusal(
+            "segmentation", f"segment ids stand twice: {sorted({i for i in ids if ids.count(i) > 1})}"
+        )
+    return Row(
+        corpus=corpus.name,
+        split=corpus.split,
+        image_id=image.id,
+        image_path=image.path,
+        height=image.height,
+        width=image.width,
+        taxonomy=corpus.name,
+        labels_path=labels_path,
+        segments=tuple(_segment(segment, categories) for segment in annotation.segments_info),
+        source=Source(
+            corpus=corpus.name, files=(image.file, labels_file), ids=(image.id,), licence=image.licence
+        ),
+    )
+
+
+def _segment(info: "_SegmentInfo", categories: dict[str, list[Any]]) -> Segment:
+    category = parse(_Category, only(categories, info.category_id, "category", "category"))
+    x, y, width, height = (round(side) for side in info.bbox)
+    return Segment(
+        id=info.id,
+        category=category.name,
+        isthing=category.isthing,
+        iscrowd=info.iscrowd,
+        area=round(info.area),
+        bbox=(x, y, width, height),
+    )
+
+
+def _categories(document: dict[str, Any], path: Path) -> list[Any]:
+    return section(document, "categories", path)
+
+
+Side = Annotated[float, Field(gt=-(2**31), lt=2**31)]
+
+
+class _Category(Entry):
+    id: Id
+    name: str = Field(min_length=1)
+    isthing: bool
+
+
+class _SegmentInfo(Entry):
+    id: int = Field(gt=0, lt=2**24, description="0 is void, and a PNG pixel has 24 bits")
+    category_id: Id
+    iscrowd: bool = False
+    area: Annotated[float, Field(ge=0, lt=2**62)]
+    bbox: tuple[Side, Side, Side, Side]
+
+
+class _Annotation(Entry):
+    image_id: Id
+    file_name: str = Field(min_length=1)
+    segments_info: tuple[_SegmentInfo, ...]

@@ -1,0 +1,113 @@
+"""VQA v2: a questions JSON and an annotations JSON that meet in `question_id`, ten answers a question.
+
+Settings used: `images`, `annotations`, `questions`. An image is found by its number:
+`COCO_<data_subtype>_<12 digits>.jpg` as in COCO 2014, or `<12 digits>.jpg` as in COCO 2017. Format: https://visualqa.org/vqa_v1_download.html.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field
+
+from pipelines.corpora.files import (
+    Entry,
+    Id,
+    annotation_file,
+    data_file,
+    index,
+    label,
+    load_json,
+    only,
+    parse,
+    section,
+    text,
+)
+from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
+from schemas.jobs import CorpusConfig
+from schemas.records import Question, Reject, Source
+
+
+def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
+    """One row an image, in order of appearance, after a reject for each bad question. Raises `CorpusError`."""
+    questions_path = annotation_file(corpus, "questions")
+    asked = load_json(questions_path)
+    subset = asked.get("data_subtype")
+    if not isinstance(subset, str):
+        raise CorpusError(
+            f"{questions_path}: no `data_subtype` (e.g. train2014), which names the image files"
+        )
+    answered_path = annotation_file(corpus, "annotations")
+    answers = index(section(load_json(answered_path), "annotations", answered_path), "question_id")
+    by_image: dict[int, list[tuple[str, Question]]] = {}
+    done: set[str] = set()
+    for position, record in enumerate(section(asked, "questions", questions_path)):
+        try:
+            entry = parse(_Asked, record)
+            if str(entry.question_id) in done:
+                raise Refusal("duplicate-id", "a question with this id was read already")
+            done.add(str(entry.question_id))
+            by_image.setdefault(entry.image_id, []).append(
+                (str(entry.question_id), _question(entry, answers))
+            )
+        except Refusal as refusal:
+            yield refuse(corpus, label("question", record, "question_id", position), refusal)
+    for unasked in [i for i in answers if i not in done]:
+        yield refuse(corpus, f"question {unasked!a:.80}", Refusal("record", "an answer without a question"))
+    for image_id, questions in by_image.items():
+        try:
+            yield _row(corpus, subset, image_id, questions)
+        except Refusal as refusal:
+            yield refuse(corpus, f"image {image_id}", refusal)
+
+
+def _question(asked: "_Asked", answers: dict[str, list[Any]]) -> Question:
+    answered = parse(_Answered, only(answers, asked.question_id, "annotation", "record"))
+    if answered.image_id != asked.image_id:
+        raise Refusal("record", f"asked of image {asked.image_id}, answered of image {answered.image_id}")
+    return Question(
+        question=text(asked.question),
+        answers=tuple(text(answer.answer) for answer in answered.answers),
+        kind=answered.question_type,
+    )
+
+
+def _row(corpus: CorpusConfig, subset: str, image_id: int, questions: list[tuple[str, Question]]) -> Row:
+    path, file = _image(corpus, subset, image_id)
+    return Row(
+        corpus=corpus.name,
+        split=corpus.split,
+        image_id=str(image_id),
+        image_path=path,
+        height=None,
+        width=None,
+        questions=tuple(question for _, question in questions),
+        source=Source(
+            corpus=corpus.name,
+            files=(file,),
+            ids=tuple(question_id for question_id, _ in questions),
+            licence=corpus.licence,
+        ),
+    )
+
+
+def _image(corpus: CorpusConfig, subset: str, image_id: int) -> tuple[str, str]:
+    try:
+        return data_file(corpus, corpus.images, f"{image_id:012d}.jpg", "no-image")
+    except Refusal:
+        return data_file(corpus, corpus.images, f"COCO_{subset}_{image_id:012d}.jpg", "no-image")
+
+
+class _Asked(Entry):
+    question_id: Id
+    image_id: int = Field(ge=0, lt=10**12)
+    question: str
+
+
+class _Answer(Entry):
+    answer: str
+
+
+class _Answered(Entry):
+    image_id: int
+    question_type: str
+    answers: tuple[_Answer, ...] = Field(min_length=1)
