@@ -182,6 +182,9 @@ class TrainConfig(Settings):
     task_sampling: tuple[Fraction, Fraction, Fraction] = Field(
         default=(0.33, 0.33, 0.34), description="probability of semantic, instance, panoptic for each image"
     )
+    shares: dict[Task, Fraction] = Field(
+        default={}, description="probability that a task is trained on an image that has its annotations; default 1"
+    )
     max_phrases: Positive = Field(default=4, description="referring expressions of an image in a step")
     batch: BatchConfig = BatchConfig()
     augment: AugmentConfig = AugmentConfig()

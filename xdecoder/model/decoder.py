@@ -1,0 +1,327 @@
+"""The generalized decoder: queries of four kinds look at the picture and at one another, and tell masks and meanings.
+
+A *request* is one image with one task; the same image may stand in several requests, which share its features. Who
+attends to whom is the table `PATTERNS` below. What the answers are used for is not decided here.
+
+Letters: `B` images, `R` requests, `O` latents, `T` text tokens, `S` all queries of a request, `D` width, `h w` a
+level's grid, `L` decoder layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from schemas.jobs import ModelConfig
+from xdecoder.model.layers import Attention, FeedForward, Mlp, matrix, sine_positions
+from xdecoder.model.text import TextFeatures
+
+Kind = Literal["latent", "image", "task", "text"]
+PatternName = Literal["segmentation", "referring", "captioning", "vqa"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """Who attends to whom in self-attention, and how text queries behave.
+
+    sees       for each kind of query, the kinds it attends to
+    causal     a text query sees only text queries before it
+    looks      text queries attend to the picture
+    ordered    text queries carry the learned caption positions
+    """
+
+    sees: Mapping[Kind, tuple[Kind, ...]]
+    causal: bool = False
+    looks: bool = False
+    ordered: bool = False
+
+
+# The attention table. Latents never see the image query or a caption, so one picture's masks do not depend on what is
+# said about it; a referring phrase is meant to change them. (X-Decoder 2.1, with OneFormer's task token among the
+# latents. VQA reads its whole question at once, as the paper says and the released code does not.)
+PATTERNS: dict[PatternName, Pattern] = {
+    "segmentation": Pattern(
+        sees={
+            "latent": ("latent", "task"),
+            "image": ("image", "task"),
+            "task": ("latent", "task"),
+            "text": (),
+        }
+    ),
+    "referring": Pattern(
+        sees={
+            "latent": ("latent", "task", "text"),
+            "image": ("image", "task"),
+            "task": ("latent", "task"),
+            "text": ("latent", "task", "text"),
+        }
+    ),
+    "captioning": Pattern(
+        sees={
+            "latent": ("latent", "task"),
+            "image": ("image", "task"),
+            "task": ("latent", "task"),
+            "text": ("latent", "image", "task", "text"),
+        },
+        causal=True,
+        looks=True,
+        ordered=True,
+    ),
+    "vqa": Pattern(
+        sees={
+            "latent": ("latent", "task"),
+            "image": ("image", "task"),
+            "task": ("latent", "task"),
+            "text": ("latent", "image", "task", "text"),
+        },
+        looks=True,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One map of the pyramid, flattened: what the cross-attention of a layer needs of it.
+
+    memory         float[B, hw, D], values before projection;  positions  float[B, hw, D], added to the keys
+    padding        bool[B, hw];  mask_features  float[B, D, hw], resized from the finest map
+    """
+
+    memory: Tensor
+    positions: Tensor
+    padding: Tensor
+    mask_features: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    """What the picture side knows of B images.
+
+    mask_features   float[B, D, h0, w0]
+    levels          what the decoder's layers look at in turn, coarsest first
+    pooled          float[B, C], the backbone's coarsest map, averaged over the picture
+    """
+
+    mask_features: Tensor
+    levels: tuple[Level, ...]
+    pooled: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """R requests of one pattern.
+
+    images      int64[R], which image of the batch each is about
+    task        float[R, D], the sentence embedding of its task; None in a model without task tokens
+    text        the text queries, R of them; None where the pattern has none
+    """
+
+    pattern: PatternName
+    images: Tensor
+    task: Tensor | None
+    text: TextFeatures | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the queries say after one layer (or before the first).
+
+    semantic      float[R, O, D], the meaning of each latent, in the space of sentence embeddings, not normalised
+    image         float[R, D], the meaning of the whole picture
+    mask_embed    float[R, O, D]; its product with the mask features is the mask logit
+    text          float[R, T, D], the text queries after normalisation
+    """
+
+    semantic: Tensor
+    image: Tensor
+    mask_embed: Tensor
+    text: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Predictions before the first layer and after every layer (the last is final), for R requests.
+
+    initial    float[R, O + 1, D], the latents and the task token before the decoder; None without task tokens
+    """
+
+    predictions: tuple[Prediction, ...]
+    images: Tensor
+    initial: Tensor | None
+
+    @property
+    def final(self) -> Prediction:
+        return self.predictions[-1]
+
+
+class _Layer(nn.Module):
+    """Cross-attention, self-attention, feed-forward; each residual and normalised after."""
+
+    def __init__(self, width: int, heads: int, ffn: int) -> None:
+        super().__init__()
+        self.cross, self.norm1 = Attention(width, heads), nn.LayerNorm(width)
+        self.self, self.norm2 = Attention(width, heads), nn.LayerNorm(width)
+        self.ffn, self.norm3 = FeedForward(width, ffn), nn.LayerNorm(width)
+
+    def look(self, x: Tensor, position: Tensor, level: Level, images: Tensor, blocked: Tensor) -> Tensor:
+        keys, values = self.cross.project(level.memory + level.positions, level.memory)  # once an image
+        return self.norm1(
+            x
+            + self.cross(x + position, keys.index_select(0, images), values.index_select(0, images), blocked)
+        )
+
+    def talk(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+        placed = x + position
+        x = self.norm2(x + self.self(placed, *self.self.project(placed, x), blocked))
+        return self.norm3(x + self.ffn(x))
+
+
+class _QueryInit(nn.Module):
+    """Task-guided queries: the task token, repeated, looks at the picture (OneFormer, 1.6).
+
+    The original swaps positions and features, so its values hold no picture; here values are the features. Memory is the
+    finest level of the decoder instead of the mask features: four times fewer keys, chosen by us.
+    """
+
+    def __init__(self, width: int, heads: int, ffn: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(width, heads, ffn) for _ in range(layers))
+
+    def forward(self, task: Tensor, position: Tensor, level: Level, images: Tensor) -> Tensor:
+        x = task[:, None].expand(-1, position.shape[-2], -1)
+        blocked = level.padding[images][:, None, None]
+        for layer in self.layers:
+            x = layer.look(x, position, level, images, blocked)
+            x = layer.talk(x, position)
+        return x
+
+
+class Decoder(nn.Module):
+    """Answers requests about encoded images."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, heads = config.width, config.heads
+        self.latents = config.latents
+        self.positions = nn.Embedding(config.latents + 2, width)  # latents, image query, task token
+        self.contents = nn.Embedding(config.latents + 1, width)  # latents, image query
+        self.caption_positions = nn.Embedding(config.text.context, width)
+        self.level_embed = nn.Embedding(3, width)
+        self.layers = nn.ModuleList(_Layer(width, heads, config.ffn) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(width)
+        self.class_embed = matrix(width, width)
+        self.mask_embed = Mlp(width, 3)
+        self.task_mlp: nn.Module | None = None
+        if config.task_tokens:
+            self.task_mlp = Mlp(width, 2)
+            self.query_init = _QueryInit(width, heads, config.ffn, config.init_layers)
+
+    def forward(self, pixels: Pixels, request: Request) -> Outputs:
+        pattern = PATTERNS[request.pattern]
+        x, position, initial = self._queries(request, pattern, pixels.levels[-1])
+        talk_blocked = self._self_mask(pattern, request, x)
+        looking = (
+            x.shape[1] if pattern.looks or request.text is None else x.shape[1] - request.text.tokens.shape[1]
+        )
+        predictions = [self._predict(x, request)]
+        for i, layer in enumerate(self.layers):
+            level = pixels.levels[i % len(pixels.levels)]
+            blocked = self._cross_mask(predictions[-1], level, request.images, looking)
+            seen = layer.look(x[:, :looking], position[:, :looking], level, request.images, blocked)
+            x = layer.talk(torch.cat((seen, x[:, looking:]), 1), position, talk_blocked)
+            predictions.append(self._predict(x, request))
+        return Outputs(predictions=tuple(predictions), images=request.images, initial=initial)
+
+    def level(self, index: int, feature: Tensor, mask_features: Tensor, padding: Tensor) -> Level:
+        """Flatten map `index` float[B, D, h, w] of a picture batch with padding bool[B, H, W]."""
+        size = feature.shape[-2:]
+        padding = F.interpolate(padding[:, None].float(), size=size, mode="nearest")[:, 0] > 0.5
+        with (
+            torch.no_grad()
+        ):  # a resized product is a product with resized features: masks per level cost little
+            small = F.interpolate(mask_features.float(), size=size, mode="bilinear", antialias=True)
+        return Level(
+            memory=(feature + self.level_embed.weight[index][:, None, None]).flatten(2).transpose(1, 2),
+            positions=sine_positions(padding, feature.shape[1]).flatten(1, 2),
+            padding=padding.flatten(1),
+            mask_features=small.flatten(2),
+        )
+
+    def _queries(
+        self, request: Request, pattern: Pattern, level: Level
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Content and position of all queries, float[R, S, D] each, in the order latent, image, task, text."""
+        rows, count = len(request.images), self.latents
+        places = self.positions.weight.expand(rows, -1, -1)
+        latents, image = self.contents.weight.split((count, 1))
+        initial = None
+        if self.task_mlp is not None and request.task is not None:
+            task = self.norm(self.task_mlp(request.task))  # OneFormer shares this norm with the heads
+            started = self.query_init(task, places[:, :count], level, request.images)
+            initial = torch.cat((started, task[:, None]), 1)
+            content = torch.cat((started, image.expand(rows, -1, -1), task[:, None]), 1)
+            position = places
+        else:
+            content = torch.cat((latents, image)).expand(rows, -1, -1)
+            position = places[:, : count + 1]
+        if request.text is not None:
+            tokens = request.text.tokens
+            ordered = self.caption_positions.weight[: tokens.shape[1]] if pattern.ordered else 0
+            content = torch.cat(
+                (content, tokens.detach()), 1
+            )  # meaning flows back through the position alone
+            position = torch.cat((position, tokens + ordered), 1)
+        return content, position, initial
+
+    def _kinds(self, size: int) -> list[Kind]:
+        head: list[Kind] = ["latent"] * self.latents + ["image"]
+        head += ["task"] if self.task_mlp is not None else []
+        return head + ["text"] * (size - len(head))
+
+    def _self_mask(self, pattern: Pattern, request: Request, x: Tensor) -> Tensor:
+        """bool[R or 1, 1, S, S], True where query s may not attend to query s'; every query may attend to itself."""
+        kinds = self._kinds(x.shape[1])
+        allowed = torch.tensor(
+            [[column in pattern.sees[row] for column in kinds] for row in kinds], device=x.device
+        )
+        if request.text is None:
+            return ~allowed[None, None]
+        if pattern.causal:
+            first = kinds.index("text")
+            allowed[first:, first:] = allowed[first:, first:].tril()
+        allowed = allowed.expand(len(x), -1, -1).clone()
+        allowed[:, :, -request.text.padding.shape[1] :] &= ~request.text.padding[:, None]
+        allowed |= torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        return ~allowed[:, None]
+
+    @torch.no_grad()
+    def _cross_mask(self, prediction: Prediction, level: Level, images: Tensor, looking: int) -> Tensor:
+        """bool[R, 1, looking, hw]: latents look where their mask is, all others at the whole picture.
+
+        The original clears the wrong row for its image query (off by one); ours looks everywhere, as it was meant to.
+        """
+        padding = level.padding[images][:, None]
+        outside = prediction.mask_embed @ level.mask_features[images] < 0  # sigmoid below one half
+        outside = outside | padding
+        outside &= ~outside.all(-1, keepdim=True)  # a latent that sees nothing sees everything
+        rest = padding.expand(-1, looking - self.latents, -1)
+        return torch.cat((outside | padding, rest), 1)[:, None]
+
+    def _predict(self, x: Tensor, request: Request) -> Prediction:
+        z = self.norm(x)
+        latents = z[:, : self.latents]
+        image = _pool(z[:, self.latents], latents)
+        meaning = self.class_embed(torch.cat((latents, image[:, None]), 1))
+        text = None if request.text is None else z[:, -request.text.tokens.shape[1] :]
+        return Prediction(
+            semantic=meaning[:, :-1], image=meaning[:, -1], mask_embed=self.mask_embed(latents), text=text
+        )
+
+
+def _pool(image: Tensor, latents: Tensor) -> Tensor:
+    """The image query gathers the latents most like it: float[R, D], float[R, O, D] -> float[R, D] (X-Decoder, 2.0)."""
+    similarity = F.normalize(latents, dim=-1) @ F.normalize(image, dim=-1)[..., None]
+    return (similarity.softmax(1) * latents).sum(1)

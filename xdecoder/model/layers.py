@@ -1,0 +1,86 @@
+"""Attention and feed-forward blocks, shared by the text encoder, the pixel decoder and the decoder.
+
+Letters: `N` sequences, `S` their tokens, `M` tokens attended to, `D` width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values can be projected once and used for many rows.
+
+    query      float[N, S, D]
+    keys       float[N, M, D], values float[N, M, D]: already projected by `project`
+    blocked    bool, broadcast to [N, heads, S, M]; True where attention is forbidden, no row may be all True
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        for linear in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def project(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.key(keys), self.value(values)
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None) -> Tensor:
+        q, k, v = (self._split(x) for x in (self.query(query), keys, values))
+        allowed = None if blocked is None else ~blocked
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, ReLU, linear: float[..., D] -> float[..., D]."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        for linear in (self[0], self[2]):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+
+class Mlp(nn.Sequential):
+    """`layers` linears with ReLU between them, all of one width (mask_embed has three)."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        parts: list[nn.Module] = []
+        for i in range(layers):
+            parts += [nn.Linear(width, width)] + ([nn.ReLU()] if i < layers - 1 else [])
+        super().__init__(*parts)
+
+
+def matrix(inputs: int, outputs: int) -> nn.Linear:
+    """A projection without bias, truncated normal 0.02 (X-Decoder, 1.5)."""
+    linear = nn.Linear(inputs, outputs, bias=False)
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    return linear
+
+
+def sine_positions(padding: Tensor, width: int) -> Tensor:
+    """2-D sine position encoding: bool[N, h, w] (True is padding) -> float32[N, h, w, width].
+
+    Coordinates count the valid cells from 1 and are normalised to 2 pi by the last valid one, so padding does not move
+    them; y then x; even channels sine, odd cosine (DETR; X-Decoder, 1.4).
+    """
+    half = width // 2
+    frequency = 10000.0 ** (2 * (torch.arange(half, device=padding.device) // 2) / half)
+    parts = []
+    for axis in (1, 2):
+        count = (~padding).cumsum(axis, dtype=torch.float32)
+        last = count.amax(axis, keepdim=True)
+        angle = (count / (last + 1e-6) * 2 * math.pi).unsqueeze(-1) / frequency
+        parts.append(torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1).flatten(-2))
+    return torch.cat(parts, -1)

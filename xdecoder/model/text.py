@@ -1,0 +1,113 @@
+"""The one text encoder: class names, phrases, captions, questions, answers and task sentences all pass through it.
+
+CLIP's causal transformer. Letters: `N` texts, `T` tokens, `D` width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from schemas.jobs import TextConfig
+from xdecoder.model.layers import Attention, matrix
+from xdecoder.prompts import END, PAD, VOCABULARY_SIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFeatures:
+    """What the encoder says of N texts, projected to the joint space and not normalised.
+
+    ids         int64[N, T]
+    tokens      float[N, T, D], one for each token; what stands at padding means nothing
+    sentence    float[N, D], the token at the first end mark
+    padding     bool[N, T], True behind the end mark
+    """
+
+    ids: Tensor
+    tokens: Tensor
+    sentence: Tensor
+    padding: Tensor
+
+
+class _Block(nn.Module):
+    """Pre-norm residual block with QuickGELU, x sigmoid(1.702 x)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.fc, self.proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, blocked: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attention(h, *self.attention.project(h, h), blocked)
+        h = self.fc(self.norm2(x))
+        return x + self.proj(h * torch.sigmoid(1.702 * h))
+
+
+class TextEncoder(nn.Module):
+    """int64[N, T] token ids -> `TextFeatures`. Equal texts are encoded once, none longer than the longest is."""
+
+    def __init__(self, width: int, config: TextConfig) -> None:
+        super().__init__()
+        self.context = config.context
+        self.token_embedding = nn.Embedding(VOCABULARY_SIZE, width)
+        self.positions = nn.Parameter(torch.empty(config.context, width))
+        self.blocks = nn.ModuleList(_Block(width, config.heads) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.project = matrix(width, width)
+        self._initialise(width, config.layers)
+
+    def _initialise(self, width: int, layers: int) -> None:
+        """CLIP's scheme: standard deviations by width and depth (OneFormer reference, 1.5)."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+        nn.init.normal_(self.project.weight, std=width**-0.5)
+        for block in self.blocks:
+            for linear in (block.attention.query, block.attention.key, block.attention.value):
+                nn.init.normal_(linear.weight, std=width**-0.5)
+            for linear in (block.attention.out, block.proj):
+                nn.init.normal_(linear.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.fc.weight, std=(2 * width) ** -0.5)
+
+    def forward(self, ids: Tensor) -> TextFeatures:
+        if ids.shape[1] > self.context:
+            raise ValueError(f"a text has {ids.shape[1]} tokens, the text encoder reads {self.context}")
+        distinct, where = torch.unique(ids, dim=0, return_inverse=True)
+        tokens = self._encode(distinct).index_select(0, where)
+        end = (ids == END).int().argmax(1)  # argmax takes the first
+        later = torch.arange(ids.shape[1], device=ids.device) > end[:, None]
+        sentence = tokens[torch.arange(len(ids), device=ids.device), end]
+        return TextFeatures(ids=ids, tokens=tokens, sentence=sentence, padding=later | (ids == PAD))
+
+    def several(self, groups: Sequence[Tensor]) -> list[TextFeatures]:
+        """Groups of texts int64[N_i, T_i] in one pass; a text that stands in many groups is still encoded once."""
+        longest = max(ids.shape[1] for ids in groups)
+        joined = self(torch.cat([F.pad(ids, (0, longest - ids.shape[1]), value=PAD) for ids in groups]))
+        parts, start = [], 0
+        for ids in groups:
+            rows, width = slice(start, start + len(ids)), ids.shape[1]
+            parts.append(
+                TextFeatures(
+                    ids=ids,
+                    tokens=joined.tokens[rows, :width],
+                    sentence=joined.sentence[rows],
+                    padding=joined.padding[rows, :width],
+                )
+            )
+            start += len(ids)
+        return parts
+
+    def _encode(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        x = self.token_embedding(ids) + self.positions[:length]
+        blocked = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
+        for block in self.blocks:
+            x = block(x, blocked)
+        return self.project(self.norm(x))
+
+    def token_logits(self, slots: Tensor) -> Tensor:
+        """float[..., D] -> float[..., vocabulary]; the output matrix is the input's token table (X-Decoder, 1.5)."""
+        return F.linear(slots, self.token_embedding.weight)

@@ -1,0 +1,126 @@
+"""The model: pictures are encoded once, then asked as many requests as one likes.
+
+Letters: `B` images, `R` requests, `O` latents, `K` concepts (class names or phrases), `D` width, `N` texts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from schemas.jobs import ModelConfig
+from schemas.tasks import TASKS
+from xdecoder.model.backbone import Backbone
+from xdecoder.model.decoder import Decoder, Outputs, PatternName, Pixels, Prediction, Request
+from xdecoder.model.layers import Mlp, matrix
+from xdecoder.model.pixel_decoder import PixelDecoder
+from xdecoder.model.text import TextEncoder, TextFeatures
+from xdecoder.prompts import BACKGROUND, synonyms, task_prompt, tokenize
+
+INITIAL_SCALE = (
+    2.6592  # ln(1 / 0.07), as CLIP; the original starts at 1.0 because pretrained weights overwrite it
+)
+MAX_SCALE = 100.0
+
+
+class XDecoder(nn.Module):
+    """Backbone, pixel decoder, text encoder and decoder, with the scale that all similarities share."""
+
+    task_ids: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config.backbone)
+        self.pixel_decoder = PixelDecoder(
+            self.backbone.channels, config.width, config.heads, config.ffn, config.encoder_layers
+        )
+        self.text = TextEncoder(config.width, config.text)
+        self.decoder = Decoder(config)
+        self.caption_embed = matrix(config.width, config.width)
+        self.pooled_embed = matrix(self.backbone.channels[-1], config.width)
+        self.log_scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
+        if config.task_tokens:
+            self.query_text_mlp = Mlp(config.width, 2)
+            self.query_text_context = nn.Embedding(config.text_contexts, config.width)
+            self.query_text_scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
+        prompts = tokenize([task_prompt(task) for task in TASKS], config.text.context)
+        self.register_buffer("task_ids", prompts, persistent=False)
+
+    @property
+    def stride(self) -> int:
+        """Sides of a batch must be multiples of it."""
+        return self.backbone.strides[-1]
+
+    def encode(self, images: Tensor, padding: Tensor) -> Pixels:
+        """float32[B, 3, H, W] in [0, 1], bool[B, H, W] (True is padding) -> features of the pictures.
+
+        Raises `ValueError` where H or W is no multiple of the backbone's coarsest stride.
+        """
+        if images.shape[-2] % self.stride or images.shape[-1] % self.stride:
+            raise ValueError(
+                f"images are {tuple(images.shape[-2:])}, both sides must be multiples of {self.stride}"
+            )
+        features = self.backbone(images)
+        mask_features, maps = self.pixel_decoder(features, padding)
+        levels = tuple(self.decoder.level(i, m, mask_features, padding) for i, m in enumerate(maps))
+        inside = 1 - F.interpolate(padding[:, None].float(), size=features[-1].shape[-2:], mode="nearest")
+        pooled = (features[-1] * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
+        return Pixels(mask_features=mask_features, levels=levels, pooled=pooled)
+
+    def ask(
+        self,
+        pixels: Pixels,
+        pattern: PatternName,
+        images: Tensor,
+        task: Tensor,
+        text: TextFeatures | None = None,
+    ) -> Outputs:
+        """Decode R requests: `images` int64[R] into the batch, `task` float[R, D] the sentences of their tasks."""
+        return self.decoder(pixels, Request(pattern=pattern, images=images, task=task, text=text))
+
+    def masks(self, prediction: Prediction, pixels: Pixels, images: Tensor) -> Tensor:
+        """Mask logits float[R, O, h0, w0] at the stride of the mask features."""
+        return torch.einsum(
+            "rod,rdhw->rohw", prediction.mask_embed, pixels.mask_features.index_select(0, images)
+        )
+
+    def scale(self) -> Tensor:
+        return self.log_scale.exp().clamp(max=MAX_SCALE)
+
+    def similarity(self, meaning: Tensor, texts: Tensor) -> Tensor:
+        """Scaled cosine: float[..., D] against float[K, D] -> logits float[..., K]."""
+        return self.scale() * F.normalize(meaning, dim=-1) @ F.normalize(texts, dim=-1).transpose(-1, -2)
+
+    def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
+        """Any texts, for inference; training encodes all texts of a step in one pass (`TextEncoder.several`)."""
+        return self.text(tokenize(texts, self.text.context).to(self.log_scale.device))
+
+    def embed_pooled(self, pixels: Pixels) -> Tensor:
+        """The backbone's own opinion of each picture, float[B, D], for retrieval."""
+        return self.pooled_embed(pixels.pooled)
+
+    def caption_logits(self, slots: Tensor) -> Tensor:
+        """float[..., D] of text queries -> float[..., vocabulary], the next token of each slot."""
+        return self.text.token_logits(self.caption_embed(slots))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassTexts:
+    """K class names, then "background", as token ids int64[n, T]; a name with synonyms takes several rows."""
+
+    ids: Tensor
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, names: Sequence[str], context: int) -> "ClassTexts":
+        groups = [synonyms(name) for name in (*names, BACKGROUND)]
+        ids = tokenize([text for group in groups for text in group], context)
+        return cls(ids=ids, rows=tuple(len(group) for group in groups))
+
+    def embed(self, sentences: Tensor) -> Tensor:
+        """Sentence embeddings float[n, D] of `ids` -> unit float[K + 1, D]; synonyms are averaged."""
+        parts = F.normalize(sentences, dim=-1).split(self.rows)
+        return F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)

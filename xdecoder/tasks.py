@@ -1,0 +1,184 @@
+"""THE TABLE: what each of the seven tasks draws from a sample, learns, answers and is scored by.
+
+Adding a task is adding a row. Nothing else in the project asks which task it is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from schemas.jobs import ModelConfig, TrainConfig
+from schemas.records import Sample
+from schemas.tasks import Stream, Task
+from xdecoder.model.text import TextFeatures
+from xdecoder.prompts import Vocabulary, tokenize
+from xdecoder.training import losses
+from xdecoder.training.augment import View, jittered, resized
+from xdecoder.training.batch import (
+    AnswerTargets,
+    Batch,
+    CaptionTargets,
+    MaskTargets,
+    PhraseTargets,
+    Targets,
+    Work,
+    answer_shares,
+    collate,
+    mask_targets,
+    pad_masks,
+    target_masks,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What drawing a truth needs to know beside the sample."""
+
+    model: ModelConfig
+    train: TrainConfig
+    vocabulary: Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """One task.
+
+    stream     which batch of a step it is trained from
+    truth      what one view says of it, or None where the view says nothing
+    targets    the truths of several views -> tensors; tasks with the same function share one decoder pass
+    loss       the named terms of such a pass, given the targets' texts, encoded
+    """
+
+    stream: Stream
+    truth: Callable[[View, Setting, np.random.Generator], Any | None]
+    targets: Callable[[Sequence[Any], Sequence[Task], Setting], Targets]
+    loss: Callable[[losses.Scene, Work, TextFeatures], losses.Terms]
+
+
+# ------------------------------------------------------------------------------------------------ what a view says
+
+
+def _segments(
+    view: View, setting: Setting, rng: np.random.Generator, *, merge_things: bool, keep_stuff: bool
+) -> Any:
+    if view.labels is None:
+        return None
+    names = setting.vocabulary.taxonomy.names
+    return target_masks(view.labels, view.segments, names, merge_things=merge_things, keep_stuff=keep_stuff)
+
+
+def _phrases(view: View, setting: Setting, rng: np.random.Generator) -> Any:
+    """Up to max_phrases regions that are still in view, one sentence each."""
+    visible = rng.permutation(np.flatnonzero(view.masks.any((1, 2))))[: setting.train.max_phrases]
+    if not len(visible):
+        return None
+    return view.masks[visible], [str(rng.choice(view.sentences[i])) for i in visible]
+
+
+def _caption(view: View, setting: Setting, rng: np.random.Generator) -> Any:
+    return str(rng.choice(view.captions)) if view.captions else None
+
+
+def _question(view: View, setting: Setting, rng: np.random.Generator) -> Any:
+    """One question that has an answer in the list, and the shares of its answers."""
+    listed = setting.vocabulary.answers
+    usable = [q for q in view.questions if set(q.answers) & set(listed)]
+    if not usable:
+        return None
+    question = usable[rng.integers(len(usable))]
+    return question.question, answer_shares(question.answers, listed)
+
+
+# ------------------------------------------------------------------------------------------------ truths to tensors
+
+
+def _mask_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> MaskTargets:
+    texts = setting.model.latents + 1 - setting.model.text_contexts if setting.model.task_tokens else 0
+    return mask_targets(truths, tasks, setting.vocabulary, texts, setting.model.text.context)
+
+
+def _phrase_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> PhraseTargets:
+    masks, phrases = zip(*truths, strict=True)
+    return PhraseTargets(
+        masks=pad_masks(masks),
+        counts=tuple(len(m) for m in masks),
+        texts=tokenize([p for several in phrases for p in several], setting.model.text.context),
+    )
+
+
+def _caption_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> CaptionTargets:
+    return CaptionTargets(texts=tokenize(truths, setting.model.text.context))
+
+
+def _answer_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> AnswerTargets:
+    questions, shares = zip(*truths, strict=True)
+    return AnswerTargets(
+        texts=tokenize(questions, setting.model.text.context), answers=torch.from_numpy(np.stack(shares))
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+_masked = partial(TaskRow, stream="segmentation", targets=_mask_targets, loss=losses.segmentation)
+
+TABLE: Mapping[Task, TaskRow] = {
+    "semantic": _masked(truth=partial(_segments, merge_things=True, keep_stuff=True)),
+    "instance": _masked(truth=partial(_segments, merge_things=False, keep_stuff=False)),
+    "panoptic": _masked(truth=partial(_segments, merge_things=False, keep_stuff=True)),
+    "referring": TaskRow(
+        stream="segmentation", truth=_phrases, targets=_phrase_targets, loss=losses.referring
+    ),
+    "retrieval": TaskRow(
+        stream="image_text", truth=_caption, targets=_caption_targets, loss=losses.retrieval
+    ),
+    "captioning": TaskRow(
+        stream="image_text", truth=_caption, targets=_caption_targets, loss=losses.captioning
+    ),
+    "vqa": TaskRow(stream="image_text", truth=_question, targets=_answer_targets, loss=losses.vqa),
+}
+
+# One of these is drawn for each image and load; the others are trained wherever an image can tell of them.
+ALTERNATIVES: tuple[Task, ...] = ("semantic", "instance", "panoptic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchMaker:
+    """Samples of a stream and a seed for each -> a batch with its works. Picklable: loader processes hold one."""
+
+    stream: Stream
+    setting: Setting
+
+    def __call__(self, samples: Sequence[Sample], seeds: Sequence[int]) -> Batch:
+        draws = [np.random.default_rng(seed) for seed in seeds]
+        make = jittered if self.stream == "segmentation" else resized
+        views = [make(s, self.setting.train.augment, rng) for s, rng in zip(samples, draws, strict=True)]
+        found: dict[Any, list[tuple[int, Task, Any]]] = {}
+        for i, (view, rng) in enumerate(zip(views, draws, strict=True)):
+            for task in self._tasks(rng):
+                truth = TABLE[task].truth(view, self.setting, rng)
+                if truth is not None:
+                    found.setdefault((TABLE[task].targets, TABLE[task].loss), []).append((i, task, truth))
+        return collate(views, tuple(self._work(rows) for rows in found.values()))
+
+    def _tasks(self, rng: np.random.Generator) -> list[Task]:
+        """The tasks to try on one image, in the table's order."""
+        wanted = [t for t in TABLE if t in self.setting.train.tasks and TABLE[t].stream == self.stream]
+        chances = dict(zip(ALTERNATIVES, self.setting.train.task_sampling, strict=True))
+        options = [t for t in wanted if chances.get(t, 0) > 0]
+        drawn: Task | None = None
+        if options:
+            weights = np.array([chances[t] for t in options])
+            drawn = options[rng.choice(len(options), p=weights / weights.sum())]
+        shares = self.setting.train.shares
+        return [
+            t for t in wanted if t == drawn or (t not in ALTERNATIVES and rng.random() < shares.get(t, 1))
+        ]
+
+    def _work(self, rows: list[tuple[int, Task, Any]]) -> Work:
+        images, tasks, truths = zip(*rows, strict=True)
+        targets = TABLE[tasks[0]].targets(truths, tasks, self.setting)
+        return Work(tasks=tasks, images=torch.tensor(images), targets=targets)

@@ -1,0 +1,120 @@
+"""Samples to training views: jitter, crop and flip, applied to picture, masks and words together.
+
+Letters: `H W` pixels of the sample, `S` side of the square view.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from schemas.jobs import AugmentConfig
+from schemas.masks import Array, decode_rle
+from schemas.records import Question, Sample, Segment
+from xdecoder.prompts import mirror
+
+PAD_VALUE = 128  # grey, as detectron2 pads
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One sample as the model will see it.
+
+    image        uint8[S, S, 3], the picture at the top left, grey behind it
+    size         height and width of the picture inside the view
+    labels       uint16[S, S], 0 is void and padding; None where the sample has no label map
+    masks        bool[n, S, S], one for each referred region, with its `sentences`
+    """
+
+    key: str
+    image: Array
+    size: tuple[int, int]
+    labels: Array | None
+    segments: tuple[Segment, ...]
+    masks: Array
+    sentences: tuple[tuple[str, ...], ...]
+    captions: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Geometry:
+    """Resize to `scaled`, take the window at `corner`, mirror it or not."""
+
+    scaled: tuple[int, int]
+    corner: tuple[int, int]
+    side: int
+    flip: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (
+            min(self.side, self.scaled[0] - self.corner[0]),
+            min(self.side, self.scaled[1] - self.corner[1]),
+        )
+
+    def apply(self, pixels: Array, fill: int, resample: Image.Resampling) -> Array:
+        """uint8 or uint16 [H, W] or [H, W, 3] -> the view, filled up with `fill`."""
+        image = Image.fromarray(pixels)
+        if image.size != self.scaled[::-1]:
+            image = image.resize(self.scaled[::-1], resample)
+        top, left = self.corner
+        height, width = self.size
+        window = np.asarray(image)[top : top + height, left : left + width]
+        view = np.full((self.side, self.side, *pixels.shape[2:]), fill, dtype=pixels.dtype)
+        view[:height, :width] = window[:, ::-1] if self.flip else window
+        return view
+
+
+def jittered(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> View:
+    """Large-scale jitter, fixed square crop, flip: the view for segmentation.
+
+    The scale is drawn from `config.scale`; the picture is resized to fit scale x image_size and a window of image_size is
+    taken from it.
+    """
+    side = config.image_size
+    height, width = sample.image.shape[:2]
+    fit = rng.uniform(*config.scale) * side / max(height, width)
+    scaled = (max(1, round(height * fit)), max(1, round(width * fit)))
+    corner = tuple(int(rng.integers(0, max(0, s - side) + 1)) for s in scaled)
+    geometry = _Geometry(scaled=scaled, corner=corner, side=side, flip=bool(rng.random() < config.flip))
+    return _view(sample, geometry)
+
+
+def resized(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> View:
+    """The whole picture, squeezed to a square, flipped or not: the view for image and text (X-Decoder, 4.3)."""
+    side = config.image_text_size
+    flip = bool(rng.random() < config.flip)
+    return _view(sample, _Geometry(scaled=(side, side), corner=(0, 0), side=side, flip=flip))
+
+
+def fitted(sample: Sample, side: int) -> View:
+    """The whole picture, its long side `side`, nothing random: the view for evaluation."""
+    height, width = sample.image.shape[:2]
+    fit = side / max(height, width)
+    scaled = (max(1, round(height * fit)), max(1, round(width * fit)))
+    return _view(sample, _Geometry(scaled=scaled, corner=(0, 0), side=side, flip=False))
+
+
+def _view(sample: Sample, geometry: _Geometry) -> View:
+    words = mirror if geometry.flip else str
+    referring = sample.meta.referring
+    masks = [
+        geometry.apply(decode_rle(r.mask).astype(np.uint8), 0, Image.Resampling.NEAREST) for r in referring
+    ]
+    return View(
+        key=sample.key,
+        image=geometry.apply(sample.image, PAD_VALUE, Image.Resampling.BILINEAR),
+        size=geometry.size,
+        labels=None if sample.labels is None else geometry.apply(sample.labels, 0, Image.Resampling.NEAREST),
+        segments=sample.meta.segments or (),
+        masks=np.array(masks, dtype=bool).reshape(-1, geometry.side, geometry.side),
+        sentences=tuple(_each(words, r.sentences) for r in referring),
+        captions=_each(words, sample.meta.captions),
+        questions=tuple(q.model_copy(update={"question": words(q.question)}) for q in sample.meta.questions),
+    )
+
+
+def _each(words: Callable[[str], str], texts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(words(text) for text in texts)

@@ -1,0 +1,349 @@
+"""What the model is asked to get right: one function a kind of request, each returning named terms.
+
+Every term is a plain number before its weight; `total` joins them by `LossConfig`, where a term without a weight is an
+error. Predictions are supervised before the first layer and after every layer (deep supervision); captioning,
+retrieval, VQA and grounding on the last `top_layers` of them.
+
+Letters: `L` predictions, `R` requests, `O` latents, `M` target masks, `K` classes, `N` texts, `T` tokens, `D` width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+from torch.nn import functional as F
+
+from schemas.jobs import LossConfig
+from schemas.tasks import TASKS
+from xdecoder.model.decoder import Pixels, Prediction
+from xdecoder.model.text import TextFeatures
+from xdecoder.model.xdecoder import MAX_SCALE, XDecoder
+from xdecoder.prompts import END, PAD
+from xdecoder.training.batch import AnswerTargets, MaskTargets, PhraseTargets, Work
+from xdecoder.training.matcher import match, sample_points
+
+Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What the loss functions share: the encoded batch, and texts that are the same for every request.
+
+    classes float[K + 1, D], unit; answers float[A, D]; tasks float[7, D], the sentences behind the task tokens
+    """
+
+    model: XDecoder
+    pixels: Pixels
+    classes: Tensor
+    answers: Tensor
+    tasks: Tensor
+    config: LossConfig
+
+
+def total(terms: Mapping[str, Tensor], config: LossConfig) -> Tensor:
+    """The weighted sum. Raises `ValueError` for a term that has no weight (the original drops it without a word)."""
+    missing = sorted(terms.keys() - LossConfig.model_fields.keys())
+    if missing:
+        raise ValueError(f"loss terms {missing} have no weight in LossConfig")
+    return torch.stack([getattr(config, name) * value for name, value in terms.items()]).sum()
+
+
+# ------------------------------------------------------------------------------------------------ segmentation
+
+
+def segmentation(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
+    """Semantic, instance and panoptic requests: class, mask and query-text terms (MaskFormer, OneFormer)."""
+    targets = work.targets
+    assert isinstance(targets, MaskTargets)
+    outputs = scene.model.ask(scene.pixels, "segmentation", work.images, _tasks(scene, work))
+    logits = scene.model.similarity(_stack(outputs.predictions, "semantic"), scene.classes)
+    masks = _masks(scene, outputs.predictions, work.images)
+    labels = targets.labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
+    costs = -logits.detach().softmax(-1).gather(-1, labels)
+    pairs = _match(scene, costs, masks, targets.masks, targets.counts)
+    terms = {"class_ce": class_loss(logits, targets.labels, pairs, scene.config.no_object)}
+    terms["mask_bce"], terms["mask_dice"] = mask_losses(masks, targets.masks, pairs, scene.config)
+    if outputs.initial is not None:
+        terms["query_text"] = _query_text(scene, outputs.initial, texts.sentence)
+    return terms
+
+
+def class_loss(
+    logits: Tensor, labels: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]], no_object: float
+) -> Tensor:
+    """Weighted cross-entropy over K classes and background, summed over predictions.
+
+    logits   float[L, R, O, K + 1]; labels int64[R, M]; pairs from `match`; unmatched latents want the last column, which
+    weighs `no_object`; the mean divides by the sum of weights, as PyTorch's does
+    """
+    layers, rows, _, columns = logits.shape
+    wanted = torch.full(logits.shape[:3], columns - 1, device=logits.device)
+    for i, (queries, targets) in enumerate(pairs):
+        wanted[i // rows, i % rows, queries] = labels[i % rows, targets]
+    weight = torch.ones(columns, device=logits.device)
+    weight[-1] = no_object
+    losses = [F.cross_entropy(logits[i].flatten(0, 1), wanted[i].flatten(), weight) for i in range(layers)]
+    return torch.stack(losses).sum()
+
+
+def mask_losses(
+    logits: Tensor, truth: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]], config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """Point-sampled cross-entropy and dice of the matched masks, summed over masks and predictions.
+
+    logits float[L, R, O, h, w], truth float[R, M, H, W]. Divided by the mean number of target masks over ranks, at least
+    one. Without a match both are zero and connected to the graph.
+    """
+    rows = logits.shape[1]
+    where = [
+        (i // rows, i % rows, q, t) for i, (qs, ts) in enumerate(pairs) for q, t in zip(qs, ts, strict=True)
+    ]
+    number = mean_over_ranks(torch.tensor(sum(len(q) for q, _ in pairs[-rows:]), device=logits.device)).clamp(
+        min=1
+    )
+    if not where:
+        zero = logits.sum() * 0
+        return zero, zero
+    layer, row, query, target = torch.tensor(where, device=logits.device).unbind(1)
+    predicted, wanted = logits[layer, row, query][:, None].float(), truth[row, target][:, None]
+    places = uncertain_points(predicted, config)
+    x, y = sample_points(predicted, places)[:, 0], sample_points(wanted, places)[:, 0]
+    p = x.sigmoid()
+    bce = F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1)
+    dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
+    return bce.sum() / number, dice.sum() / number
+
+
+@torch.no_grad()
+def uncertain_points(logits: Tensor, config: LossConfig) -> Tensor:
+    """Where to look at each mask: float[N, 1, h, w] -> float[N, P, 2] in [0, 1].
+
+    Of oversample x P uniform points the importance x P with the smallest |logit|, then fresh uniform ones (PointRend).
+    """
+    count, certain = len(logits), round(config.importance * config.points)
+    drawn = torch.rand(count, round(config.oversample * config.points), 2, device=logits.device)
+    doubt = -sample_points(logits, drawn)[:, 0].abs()
+    kept = drawn.gather(1, doubt.topk(certain, 1).indices[..., None].expand(-1, -1, 2))
+    return torch.cat((kept, torch.rand(count, config.points - certain, 2, device=logits.device)), 1)
+
+
+def _query_text(scene: Scene, initial: Tensor, sentences: Tensor) -> Tensor:
+    """OneFormer's contrast between an image's queries float[R, Q, D] and its list of sentences, once."""
+    model = scene.model
+    texts = model.query_text_mlp(sentences).unflatten(0, (len(initial), -1))
+    contexts = model.query_text_context.weight.expand(len(texts), -1, -1)
+    return query_text_loss(initial, torch.cat((texts, contexts), 1), model.query_text_scale)
+
+
+def query_text_loss(queries: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
+    """One vector an image: float[R, Q, D] both are flattened, normalised and contrasted over all ranks' images.
+
+    Cross-entropy of rows plus that of columns, no half (OneFormer, 1.8); zero for a single image in all.
+    """
+    scale = log_scale.exp().clamp(max=MAX_SCALE)
+    q, t = (F.normalize(x.flatten(1), dim=-1) for x in (queries, texts))
+    return 2 * _contrast(q, t, scale)
+
+
+# ------------------------------------------------------------------------------------------------ referring
+
+
+def referring(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
+    """Phrases of an image against its latents: one-directional contrast and masks (X-Decoder, 3.9)."""
+    targets = work.targets
+    assert isinstance(targets, PhraseTargets)
+    text, sentences = pack(texts, targets.counts)
+    outputs = scene.model.ask(scene.pixels, "referring", work.images, _tasks(scene, work), text)
+    top = outputs.predictions[-scene.config.top_layers :]
+    logits = scene.model.similarity(_stack(top, "semantic"), sentences)
+    masks = _masks(scene, top, work.images)
+    pairs = _match(scene, -logits.detach().softmax(2), masks, targets.masks, targets.counts)
+    terms = {"grounding_ce": grounding_loss(logits, pairs)}
+    terms["grounding_bce"], terms["grounding_dice"] = mask_losses(masks, targets.masks, pairs, scene.config)
+    return terms
+
+
+def pack(phrases: TextFeatures, counts: Sequence[int]) -> tuple[TextFeatures, Tensor]:
+    """N phrases, counts[r] of them for request r -> one token list a request, and sentences float[R, M, D].
+
+    The tokens of a request's phrases stand side by side without padding between them.
+    """
+    keep = ~phrases.padding
+    tokens, ids, sentences = [], [], []
+    for start, count in zip(np.cumsum([0, *counts[:-1]]), counts, strict=True):
+        part = slice(int(start), int(start) + count)
+        tokens.append(phrases.tokens[part][keep[part]])
+        ids.append(phrases.ids[part][keep[part]])
+        sentences.append(phrases.sentence[part])
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
+    lengths = torch.tensor([len(i) for i in ids], device=padded.device)
+    text = TextFeatures(
+        ids=padded,
+        tokens=torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True),
+        sentence=phrases.sentence[:0],
+        padding=torch.arange(padded.shape[1], device=padded.device) >= lengths[:, None],
+    )
+    return text, torch.nn.utils.rnn.pad_sequence(sentences, batch_first=True)
+
+
+def grounding_loss(logits: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+    """For every phrase, cross-entropy over the latents: float[L, R, O, M]; mean over phrases, summed over predictions."""
+    layers, rows = logits.shape[:2]
+    terms = []
+    for layer in range(layers):
+        losses = []
+        for row in range(rows):
+            queries, targets = pairs[layer * rows + row]
+            wanted = torch.as_tensor(queries, device=logits.device)
+            losses.append(F.cross_entropy(logits[layer, row, :, targets].T, wanted, reduction="none"))
+        terms.append(torch.cat(losses).sum() / max(1, sum(len(x) for x in losses)))
+    return torch.stack(terms).sum()
+
+
+# ------------------------------------------------------------------------------------------------ image and text
+
+
+def retrieval(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
+    """Pictures against captions, by the decoder's image query and by the backbone (X-Decoder, 3.7 and 3.8)."""
+    outputs = scene.model.ask(scene.pixels, "segmentation", work.images, _tasks(scene, work))
+    scale, captions = scene.model.scale(), F.normalize(texts.sentence, dim=-1)
+    decoder = torch.stack(
+        [
+            _contrast(F.normalize(p.image, dim=-1), captions, scale)
+            + 0.5 * fine_contrast(p.semantic, texts, scale)
+            for p in outputs.predictions[-scene.config.top_layers :]
+        ]
+    )
+    pooled = F.normalize(scene.model.embed_pooled(scene.pixels)[work.images], dim=-1)
+    return {"retrieval": decoder.sum(), "retrieval_backbone": _contrast(pooled, captions, scale)}
+
+
+def fine_contrast(latents: Tensor, captions: TextFeatures, scale: Tensor) -> Tensor:
+    """Latents against single tokens of this rank's batch: float[R, O, D] and R captions -> a number.
+
+    A token's share of its picture's target grows linearly with its place (X-Decoder, 3.7 B).
+    """
+    keep = ~captions.padding
+    place = torch.arange(1, keep.shape[1] + 1, device=keep.device) * keep
+    share = (place / place.sum(1, keepdim=True))[keep]
+    owner = keep.nonzero()[:, 0]
+    tokens = F.normalize(captions.tokens[keep], dim=-1)
+    logits = scale * F.normalize(latents, dim=-1).mean(1) @ tokens.T  # the mean of cosines is one product
+    to_tokens = -(
+        logits.log_softmax(1)[owner, torch.arange(len(owner), device=owner.device)] * share
+    ).sum() / len(latents)
+    to_images = -(logits.log_softmax(0)[owner, torch.arange(len(owner), device=owner.device)] * share).mean()
+    return 0.7 * to_tokens + 0.3 * to_images
+
+
+def captioning(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
+    """Slot i predicts token i + 1, up to and with the end mark (X-Decoder, 3.6)."""
+    outputs = scene.model.ask(scene.pixels, "captioning", work.images, _tasks(scene, work), texts)
+    wanted, keep = texts.ids[:, 1:], ~texts.padding[:, 1:]
+    losses = []
+    for prediction in outputs.predictions[-scene.config.top_layers :]:
+        assert prediction.text is not None
+        logits = scene.model.caption_logits(
+            prediction.text[:, :-1][keep]
+        )  # padding never meets the vocabulary
+        losses.append(F.cross_entropy(logits, wanted[keep], reduction="sum") / (keep.sum() + 1))
+    return {"captioning": torch.stack(losses).sum()}
+
+
+def vqa(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
+    """The question's end slot against the texts of the answer list, soft targets by share of people."""
+    targets = work.targets
+    assert isinstance(targets, AnswerTargets)
+    outputs = scene.model.ask(scene.pixels, "vqa", work.images, _tasks(scene, work), texts)
+    losses = [
+        F.cross_entropy(answer_logits(scene.model, p, texts, scene.answers), targets.answers)
+        for p in outputs.predictions[-scene.config.top_layers :]
+    ]
+    return {"vqa": torch.stack(losses).sum()}
+
+
+def answer_logits(
+    model: XDecoder, prediction: Prediction, questions: TextFeatures, answers: Tensor
+) -> Tensor:
+    """float[R, A]: the meaning of each question's last slot against the answers' texts float[A, D]."""
+    assert prediction.text is not None
+    end = (questions.ids == END).int().argmax(1)
+    slot = prediction.text[torch.arange(len(end), device=end.device), end]
+    return model.similarity(model.decoder.class_embed(slot), answers)
+
+
+# ------------------------------------------------------------------------------------------------ over all ranks
+
+
+def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE of unit float[R, D] pairs over all ranks, the mean of both directions.
+
+    Each rank averages its own rows against everybody's; the gather passes gradients, so averaging them over ranks gives
+    the gradient of the joined batch (the original's is divided by the world size once more).
+    """
+    everyone_a, everyone_b, first = gather(a), gather(b), _rows_before(len(a), a.device)
+    wanted = torch.arange(len(a), device=a.device) + first
+    share = len(a) * _world() / len(everyone_a)  # unequal rows a rank: rows weigh alike, not ranks
+    rows = F.cross_entropy(scale * a @ everyone_b.T, wanted) + F.cross_entropy(
+        scale * b @ everyone_a.T, wanted
+    )
+    return rows / 2 * share
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order, with gradients to each; ranks may hold different numbers of rows."""
+    if _world() == 1:
+        return x
+    counts = _counts(len(x), x.device)
+    padded = F.pad(x, (0, 0, 0, max(counts) - len(x)))
+    return torch.cat([part[:count] for part, count in zip(all_gather(padded), counts, strict=True)])
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of a number over ranks, float, without gradient."""
+    x = x.detach().float().clone()
+    if _world() > 1:
+        dist.all_reduce(x)
+    return x / _world()
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _counts(count: int, device: torch.device) -> list[int]:
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(_world())]
+    dist.all_gather(counts, torch.tensor([count], device=device))
+    return [int(c) for c in counts]
+
+
+def _rows_before(count: int, device: torch.device) -> int:
+    return 0 if _world() == 1 else sum(_counts(count, device)[: dist.get_rank()])
+
+
+# ------------------------------------------------------------------------------------------------ small pieces
+
+
+def _tasks(scene: Scene, work: Work) -> Tensor:
+    """The sentence of each request's task, float[R, D]."""
+    return scene.tasks[[TASKS.index(task) for task in work.tasks]]
+
+
+def _stack(predictions: Sequence[Prediction], field: str) -> Tensor:
+    return torch.stack([getattr(p, field) for p in predictions])
+
+
+def _masks(scene: Scene, predictions: Sequence[Prediction], images: Tensor) -> Tensor:
+    """float[L, R, O, h, w]."""
+    return torch.stack([scene.model.masks(p, scene.pixels, images) for p in predictions])
+
+
+def _match(
+    scene: Scene, class_costs: Tensor, masks: Tensor, truth: Tensor, counts: Sequence[int]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    weights = (scene.config.class_ce, scene.config.mask_bce, scene.config.mask_dice)
+    return match(class_costs, masks.detach(), truth, list(counts), weights, scene.config.points)

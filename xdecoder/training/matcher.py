@@ -1,0 +1,78 @@
+"""Which query answers for which target: bipartite matching on class and mask costs, at every layer at once.
+
+Letters: `L` predictions (layers + 1), `R` requests, `O` latents, `M` target masks (padded), `P` points, `K` classes.
+"""
+
+import logging
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional as F
+
+log = logging.getLogger(__name__)
+
+
+def sample_points(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values: float[N, C, h, w] at float[N, P, 2] (x, y in [0, 1]) -> float[N, C, P].
+
+    align_corners is False and the outside is zero, as in Mask2Former's point sampling.
+    """
+    return F.grid_sample(maps, 2 * points[:, :, None] - 1, mode="bilinear", align_corners=False)[..., 0]
+
+
+def mask_costs(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean binary cross-entropy and dice of every pair: float[N, O, P], float[N, M, P] -> two float[N, O, M].
+
+    dice = 1 - (2 sum(p t) + 1) / (sum p + sum t + 1)
+    """
+    count = logits.shape[-1]
+    other = truth.transpose(1, 2)
+    # -log p where the target is one, -log (1 - p) where it is zero; divided first so that half precision holds it
+    bce = (F.softplus(-logits) / count) @ other + (F.softplus(logits) / count) @ (1 - other)
+    p = logits.sigmoid()
+    dice = 1 - (2 * (p @ other) + 1) / (p.sum(-1, keepdim=True) + truth.sum(-1)[:, None] + 1)
+    return bce, dice
+
+
+def assign(costs: Tensor, counts: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Hungarian assignment of every problem: float[N, O, M], the first counts[n] columns are real -> (queries, targets).
+
+    All costs cross to the host in one copy. Costs that are not finite become the worst cost there is, so scipy never
+    sees them and such a pair is chosen last. With more targets than queries, the targets left over stay unmatched.
+    """
+    matrix = costs.detach().float().cpu().numpy()
+    bad = ~np.isfinite(matrix)
+    if bad.any():
+        log.warning("%d of %d matching costs are not finite", int(bad.sum()), bad.size)
+        finite = matrix[~bad]
+        matrix = np.where(bad, (float(finite.max()) if finite.size else 0.0) + 1e3, matrix)
+    return [linear_sum_assignment(matrix[n, :, :count]) for n, count in enumerate(counts)]
+
+
+@torch.no_grad()
+def match(
+    class_costs: Tensor,
+    mask_logits: Tensor,
+    truth: Tensor,
+    counts: list[int],
+    weights: tuple[float, float, float],
+    points: int,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Match all predictions of all requests.
+
+    class_costs    float[L, R, O, M], minus a probability
+    mask_logits    float[L, R, O, h, w]
+    truth          float[R, M, H, W], padded; counts[r] are real
+    weights        of class, cross-entropy and dice (2, 5, 5 in Mask2Former)
+    points         uniform random points, drawn once for each request and prediction and shared by all its masks
+    returns        L * R pairs (queries int64[n], targets int64[n]), requests fastest
+    """
+    layers, rows = class_costs.shape[:2]
+    places = torch.rand(layers * rows, points, 2, device=truth.device)
+    predicted = sample_points(mask_logits.flatten(0, 1).float(), places)
+    wanted = sample_points(truth.repeat(layers, 1, 1, 1), places)
+    bce, dice = mask_costs(predicted, wanted)
+    total = weights[0] * class_costs.flatten(0, 1).float() + weights[1] * bce + weights[2] * dice
+    return assign(total, counts * layers)
