@@ -72,13 +72,16 @@ def test_void_is_no_class_of_the_constant_map() -> None:
 def test_an_instance_is_predicted_where_its_class_stands_half_as_often_as_at_its_peak() -> None:
     often, seldom = np.zeros((8, 8), np.uint16), np.zeros((8, 8), np.uint16)
     often[:4, :4] = seldom[:, :] = 1
-    samples = [sample(often, (0,))] * 3 + [sample(seldom, (0,))]
-    # the peak is 4, elsewhere 1: the constant mask is the corner, right in three of four images
-    scores = chance.instance(samples, TAXONOMY)
-    assert scores["AP"] == pytest.approx(
-        100 * 76 / 101
-    )  # precision 1 up to recall 0.75, all scores equal, misses last
-    assert chance.instance([sample(often, (2,))], TAXONOMY)["AP"] != chance.instance(samples, TAXONOMY)["AP"]
+    samples = [sample(often, (0,))] * 2 + [sample(seldom, (0,))]
+    # the peak is 3, elsewhere 1: the constant mask is the corner, right in two of three images
+    expected = (
+        100 * 67 / 101
+    )  # precision 1 at recalls 0, 0.01 ... 0.66: all scores are equal, the miss is last
+    assert chance.instance(samples, TAXONOMY) == pytest.approx({"AP": expected, "AP50": expected})
+
+
+def test_stuff_is_no_instance() -> None:
+    assert np.isnan(chance.instance([halves(2, 3)], TAXONOMY)["AP"])
 
 
 def test_referring_equals_the_mean_over_many_random_draws() -> None:
@@ -99,6 +102,16 @@ def test_referring_equals_the_mean_over_many_random_draws() -> None:
             guess = np.stack([s.labels == i for i in rng.integers(1, 3, 3)])  # segment 3 is stuff
             metric.update(guess, truth)
     assert chance.referring(samples) == pytest.approx(metric.compute(), rel=0.03)
+
+
+def test_referring_never_draws_a_crowd() -> None:
+    labels = np.ones((8, 8), dtype=np.uint16)
+    labels[4:] = 2
+    both = sample(labels, (0, 1), referring=(Referring(sentences=("x",), mask=encode_rle(labels == 1)),))
+    first, second = both.meta.segments
+    crowd = both.meta.model_copy(update={"segments": (first, second.model_copy(update={"iscrowd": True}))})
+    assert chance.referring([both])["mIoU"] == 50
+    assert chance.referring([Sample(meta=crowd, image=both.image, labels=labels)])["mIoU"] == 100
 
 
 def test_referring_without_segments_draws_among_the_referred_regions() -> None:

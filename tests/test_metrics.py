@@ -431,6 +431,13 @@ def test_names_of_any_class_list() -> None:
     }
 
 
+def test_the_longest_name_is_meant() -> None:
+    assert ClassNames(["dog", "dog house", "hot dog"]).named("a dog house and a hot dog") == {
+        "dog house",
+        "hot dog",
+    }
+
+
 def test_bleu_by_hand() -> None:
     """Papineni et al., as the COCO toolkit sums it: two captions, clipped counts, closest length."""
     metric = CaptionScores([])
@@ -568,6 +575,8 @@ def test_merged_halves_equal_the_whole(name: str, tmp_path) -> None:
     with np.load(tmp_path / "rows.npz") as arrays:
         first.load(arrays)
     assert first.compute() == pytest.approx(whole.compute(), nan_ok=True)
+    weights = np.arange(8)
+    assert first.compute(weights) == pytest.approx(whole.compute(weights), nan_ok=True)
     assert first.examples == whole.examples == 8 * (3 if name == "referring" else 1)
 
 
