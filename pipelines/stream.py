@@ -1,0 +1,299 @@
+"""Shards to samples and batches, with a position that any number of ranks can resume from.
+
+A `webdataset.DataPipeline` whose source reads by the index (samples.parquet), because a plain tar stream
+can neither seek nor notice a missing sample. Every byte range is hashed before it is decoded. What becomes
+of the samples is `make_batch`'s business; augmentation is not done here.
+"""
+
+import hashlib
+import io
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+from pipelines.catalog import DatasetVersion
+from pipelines.order import positions, rank_slice, sample_seed
+from pipelines.shards import ShardError, parse
+from schemas.masks import Array
+from schemas.records import Sample, Split
+from schemas.tasks import STREAM_FIELDS, Stream
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+MakeBatch = Callable[[list[Sample], list[int]], T]
+_OPEN_FILES = 32
+
+
+class StreamError(RuntimeError):
+    """Too many unreadable samples in a row: the message names the last of them."""
+
+
+def training_stream(
+    version: DatasetVersion,
+    *,
+    stream: Stream,
+    seed: int,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    position: int = 0,
+    workers: int = 0,
+    make_batch: MakeBatch[T],
+    max_corrupt: int = 16,
+) -> Iterator[tuple[T, int]]:
+    """This rank's share of every global batch, for ever: (batch, position of the whole stream after it).
+
+    stream        training samples with segments or phrases ("segmentation"), with captions or questions
+                  ("image_text"); a sample may be in both
+    position      samples taken by all ranks so far; the sequence from there on depends on nothing else
+    workers       decoding processes; 0 decodes in the calling thread. The batches are the same for any number
+    make_batch    samples and a seed for each, a pure function of (seed, epoch, sample), -> batch
+    max_corrupt   consecutive unreadable samples that are skipped and logged; their batches are shorter, and a
+                  batch of which nothing is left is passed over
+
+    Raises `ValueError` at the call where the stream would be empty or the batch does not divide among the
+    ranks, `StreamError` from the iterator where more than `max_corrupt` samples in a row are unreadable.
+    """
+    index = _training_index(version, stream)
+    shares = rank_slice(global_batch, rank, world_size)
+    requests = partial(_requests, index.sizes, seed, global_batch, shares, position)
+    pipeline = wds.DataPipeline(requests, partial(_fetch, index), partial(_collate, make_batch))
+    batches: Iterable[_Drawn[T]] = pipeline
+    if workers:
+        # its own generator, because a loader otherwise draws its seed from the one that the training draws from
+        own = torch.Generator()
+        batches = wds.WebLoader(pipeline, batch_size=None, num_workers=workers, generator=own)
+    return _without_corrupt(batches, stream, max_corrupt)
+
+
+def read_samples(
+    version: DatasetVersion, *, split: Split, stream: Stream, limit: int = 0
+) -> Iterator[Sample]:
+    """The samples of a split that a stream admits, in key order, at most `limit` (0 is all).
+
+    Raises `ValueError` where there are none, `StreamError` at the first unreadable one: a score over fewer
+    samples than announced is wrong.
+    """
+    rows = _members(version, split, stream).sort_by("key")
+    return _read_all(_Index(rows.slice(0, limit or None), version.shards_root))
+
+
+def decode(data: bytes) -> Sample:
+    """The byte range of a sample in its shard -> the sample. Raises `ShardError`."""
+    meta, files = parse(data)
+    image = decode_image(files["jpg"] if "jpg" in files else files["png"])
+    labels = _decode_labels(files["segments.png"]) if "segments.png" in files else None
+    for pixels in (image, labels):
+        if pixels is not None and pixels.shape[:2] != (meta.height, meta.width):
+            raise ShardError(f"{meta.key}: {pixels.shape[:2]} pixels, described as {meta.height, meta.width}")
+    return Sample(meta=meta, image=image, labels=labels)
+
+
+def decode_image(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """JPEG or PNG of any colour mode -> uint8[H, W, 3] RGB. Drops alpha, and the low byte of 16-bit grey.
+
+    Raises `ShardError`.
+    """
+    image = _open(data, ("JPEG", "PNG"))
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """One rank's share of one global batch; `position` is that of the whole stream after it."""
+
+    indices: list[int]
+    seeds: list[int]
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fetched:
+    """`samples[i]` is None where it was unreadable, and `faults` says why."""
+
+    samples: list[Sample | None]
+    seeds: list[int]
+    faults: list[str]
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn(Generic[T]):
+    """`batch` is None where no sample was readable; `readable` tells of each sample, in order."""
+
+    batch: T | None
+    readable: list[bool]
+    faults: list[str]
+    position: int
+
+
+class _Index:
+    """Where samples lie, and reading them. Small enough for loader processes, which open files themselves.
+
+    sizes     samples of each shard; a sample's index counts through them
+    """
+
+    def __init__(self, rows: pa.Table, folder: Path) -> None:
+        self.folder = folder
+        self.keys = rows["key"].to_pylist()
+        self.hashes = rows["sha256"].to_pylist()
+        shards = rows["shard"].combine_chunks().dictionary_encode()
+        self.shards: list[str] = shards.dictionary.to_pylist()
+        self.shard_of = shards.indices.to_numpy()
+        self.offsets, self.lengths = rows["offset"].to_numpy(), rows["size_bytes"].to_numpy()
+        self.sizes: tuple[int, ...] = tuple(np.bincount(self.shard_of, minlength=len(self.shards)).tolist())
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def sample(self, index: int) -> Sample:
+        """Raises `ShardError` that names the sample and its place, where its bytes are not those written."""
+        shard = self.shards[self.shard_of[index]]
+        offset, length = int(self.offsets[index]), int(self.lengths[index])
+        try:
+            data = os.pread(self._descriptor(int(self.shard_of[index])), length, offset)
+            if hashlib.sha256(data).hexdigest() != self.hashes[index]:
+                raise ShardError(f"{len(data)} of {length} bytes, and not those that were written")
+            return decode(data)
+        except (OSError, ShardError) as error:
+            where = f"sample {self.keys[index]} at byte {offset} of {self.folder / shard}"
+            raise ShardError(f"{where}: {error}") from None
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            while len(self._open) >= _OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = os.open(self.folder / self.shards[shard], os.O_RDONLY)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+def _members(version: DatasetVersion, split: Split, stream: Stream) -> pa.Table:
+    """Rows of samples.parquet. Raises `ValueError` where there are none."""
+    fields = STREAM_FIELDS[stream]
+    admitted = pc.greater(pc.add(*(version.samples[field] for field in fields)), 0)
+    rows = version.samples.filter(pc.and_(pc.equal(version.samples["split"], split), admitted))
+    if not len(rows):
+        raise ValueError(
+            f"dataset {version.card.dataset!r} {version.id} has no {split} sample with "
+            f"{' or '.join(fields)}, which stream {stream!r} needs; it holds {_holdings(version)}; "
+            "add a corpus that has some and rebuild"
+        )
+    return rows
+
+
+def _holdings(version: DatasetVersion) -> str:
+    return "; ".join(f"{split}: {counts}" for split, counts in version.card.counts.items())
+
+
+def _training_index(version: DatasetVersion, stream: Stream) -> _Index:
+    rows = _members(version, "train", stream)
+    return _Index(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]), version.shards_root)
+
+
+def _read_all(index: _Index) -> Iterator[Sample]:
+    for i in range(len(index.keys)):
+        try:
+            yield index.sample(i)
+        except ShardError as error:
+            raise StreamError(f"{error}; run: python -m jobs datasets verify") from None
+
+
+def _requests(
+    sizes: tuple[int, ...], seed: int, global_batch: int, shares: slice, position: int
+) -> Iterator[_Request]:
+    """In loader process w of n: batches w, w + n, w + 2n ... so that taking turns restores the order."""
+    worker = get_worker_info()
+    first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+    length = shares.stop - shares.start
+    for batch in count(first, step):
+        start = position + batch * global_batch
+        epochs, indices = positions(sizes, seed, start + shares.start, length)
+        pairs = list(zip(epochs.tolist(), indices.tolist(), strict=True))
+        yield _Request(
+            indices=[index for _, index in pairs],
+            seeds=[sample_seed(seed, epoch, index) for epoch, index in pairs],
+            position=start + global_batch,
+        )
+
+
+def _fetch(index: _Index, requests: Iterator[_Request]) -> Iterator[_Fetched]:
+    for request in requests:
+        samples: list[Sample | None] = []
+        faults = []
+        for i in request.indices:
+            try:
+                samples.append(index.sample(i))
+            except ShardError as error:
+                samples.append(None)
+                faults.append(str(error))
+        yield _Fetched(samples=samples, seeds=request.seeds, faults=faults, position=request.position)
+
+
+def _collate(make_batch: MakeBatch[T], fetched: Iterator[_Fetched]) -> Iterator[_Drawn[T]]:
+    for one in fetched:
+        readable = [(s, seed) for s, seed in zip(one.samples, one.seeds, strict=True) if s is not None]
+        batch = make_batch([s for s, _ in readable], [seed for _, seed in readable]) if readable else None
+        yield _Drawn(
+            batch=batch,
+            readable=[s is not None for s in one.samples],
+            faults=one.faults,
+            position=one.position,
+        )
+
+
+def _without_corrupt(drawn: Iterable[_Drawn[T]], stream: Stream, max_corrupt: int) -> Iterator[tuple[T, int]]:
+    """Here, and not in the loader processes, because only here all samples pass in order."""
+    skipped = in_a_row = 0
+    for one in drawn:
+        for fault in one.faults:
+            skipped += 1
+            log.warning("stream %s skips a sample, number %d so far: %s", stream, skipped, fault)
+        for readable in one.readable:
+            in_a_row = 0 if readable else in_a_row + 1
+            if in_a_row > max_corrupt:
+                raise StreamError(
+                    f"stream {stream}: {in_a_row} unreadable samples in a row, the last batch with "
+                    f"{one.faults[-1]}; run: python -m jobs datasets verify"
+                )
+        if one.batch is not None:
+            yield one.batch, one.position
+
+
+def _decode_labels(data: bytes) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    pixels: Array = np.asarray(_open(data, ("PNG",)))
+    if pixels.ndim != 2:
+        raise ShardError(f"a label map has one channel, this has shape {pixels.shape}")
+    return pixels.astype(np.uint16)
+
+
+def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        image.load()
+    except Exception as error:  # what a decoder raises on broken bytes is anything
+        raise ShardError(f"cannot be decoded: {type(error).__name__}: {error}") from None
+    return image
