@@ -1,8 +1,8 @@
 """The synthetic world, written in the public formats of real corpora, so that the same readers serve both.
 
-Panoptic scenes (COCO panoptic) with referring expressions about them (RefCOCO), and other scenes with captions (TSV) and
-questions (VQA v2), each in a train and a val split. What a scene looks like is in `demo_scenes`, what is said about it in
-`demo_texts`; here are the splits, the files and their layouts.
+Panoptic scenes (COCO panoptic) with referring expressions about them (RefCOCO), and other scenes with
+captions (TSV) and questions (VQA v2), each in a train and a val split. What a scene looks like is in
+`demo_scenes`, what is said about it in `demo_texts`; here are the splits, the files and their layouts.
 """
 
 import json
@@ -26,7 +26,7 @@ from schemas.records import Split
 log = logging.getLogger(__name__)
 
 WORLD = 1  # raise it when the same settings give other files
-# Never in a training mask, but in training captions; each colour and each shape of them is seen in other classes.
+# Never in a training mask, but in training captions; other classes show each of these colours and shapes.
 UNSEEN = ("purple square", "yellow triangle")
 LICENCE = "CC0-1.0"
 MARKER = "demo.json"
@@ -50,8 +50,8 @@ FIRST_ID: dict[tuple[Part, Split], int] = {
 def write(config: DemoConfig, root: Path) -> tuple[CorpusConfig, ...]:
     """Write the world under `root` (`config.root` is not used) and return its corpora, all splits.
 
-    A finished world of equal settings is kept; one of other settings, or an interrupted one, is written anew. The same
-    settings give the same bytes. Raises `ValueError` where `root` holds files that are not a demo world.
+    A finished world of equal settings is kept; one of other settings, or an interrupted one, is written anew.
+    The same settings give the same bytes. Raises `ValueError` where `root` holds anything else.
     """
     settings = config.model_dump(mode="json", exclude={"root"}) | {"world": WORLD}
     if _claim(root, settings):
@@ -110,11 +110,11 @@ def corpora(root: Path) -> tuple[CorpusConfig, ...]:
     return tuple(made)
 
 
-# ------------------------------------------------------------------------------------------------ the folder
+# ------------------------------------------------------------------------------------------------- the folder
 
 
 def _claim(root: Path, settings: dict[str, Any]) -> bool:
-    """True where the finished world is there; else make room for it, removing only what a demo world consists of."""
+    """True where the finished world is there; else make room for it, removing only what such a world has."""
     marker = root / MARKER
     if not marker.is_file() and root.exists() and any(root.iterdir()):
         raise ValueError(f"{root} holds files that are not a demo world; choose an empty or a new folder")
@@ -139,7 +139,7 @@ def _write_jpeg(path: Path, image: Array) -> None:
 
 
 def _scenes(config: DemoConfig, part: Part, split: Split) -> Iterator[tuple[int, Rng, Scene]]:
-    """Image id, a generator for its texts, and the scene; each a function of seed, part, split and position."""
+    """Image id, a generator for its texts, the scene; each a function of seed, part, split and position."""
     seen = [name for name in THINGS if name not in UNSEEN]
     classes = seen if (part, split) == ("scenes", "train") else THINGS
     total = getattr(config, f"{split}_{part}")
@@ -155,7 +155,7 @@ def _scenes(config: DemoConfig, part: Part, split: Split) -> Iterator[tuple[int,
             log.info("demo %s %s: %d of %d, %.0f/s, %.0f s left", split, part, i + 1, total, rate, left_s)
 
 
-# ------------------------------------------------------------------------------------------------ panoptic, refs
+# --------------------------------------------------------------------------------------------- panoptic, refs
 
 
 def _write_scenes(
@@ -258,7 +258,7 @@ def _categories() -> list[dict[str, Any]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ captions, VQA
+# ---------------------------------------------------------------------------------------------- captions, VQA
 
 
 def _write_pairs(config: DemoConfig, root: Path, split: Split) -> None:

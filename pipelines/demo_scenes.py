@@ -1,4 +1,4 @@
-"""Procedural scenes: coloured shapes on textured ground, with the exact mask of everything. No files, no texts.
+"""Procedural scenes: coloured shapes on textured ground, with the exact mask of everything. No files.
 
 The unit of length is 1/64 of the image side, so that a scene looks the same at any image size.
 """
@@ -23,7 +23,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 THINGS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 STUFF = ("grass", "water", "sand", "sky", "brick", "snow")
 
-# Sizes and shares below are chosen by us: a 6 M-parameter model learns this world at 64 px in minutes (benchmarks).
+# Chosen by us, so that a 6 M-parameter model learns this world at 64 px in minutes on two cores.
 UNIT = 64
 SMALLEST, LARGEST = 9.0, 32.0
 NUM_THINGS_SHARES = (0.10, 0.25, 0.30, 0.35)  # of images with 1, 2, 3 and 4 things
@@ -70,7 +70,7 @@ class Ground:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """image uint8[S, S, 3]; the masks of `things` and `ground` are disjoint, what none of them covers is void."""
+    """image uint8[S, S, 3]; the masks of `things` and `ground` are disjoint, what none covers is void."""
 
     image: Array
     things: tuple[Thing, ...]
@@ -107,11 +107,11 @@ def make_scene(rng: Rng, size: int, classes: Sequence[str] = THINGS) -> Scene:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ things
+# ----------------------------------------------------------------------------------------------------- things
 
 
 def _place(rng: Rng, x: Array, y: Array, classes: Sequence[str]) -> list[_Placed]:
-    """Later ones lie in front; a candidate that would hide too much of an earlier one is drawn again or left out."""
+    """Later ones lie in front; one that hides too much of an earlier one is drawn again or left out."""
     placed: list[_Placed] = []
     crowd = [str(rng.choice(classes))] if rng.random() < CROWD_SHARE else []
     single = [
@@ -199,7 +199,7 @@ def _visible(placed: Sequence[_Placed], x: Array, y: Array) -> tuple[Thing, ...]
     return tuple(things)
 
 
-# ------------------------------------------------------------------------------------------------------ ground
+# ----------------------------------------------------------------------------------------------------- ground
 
 
 def _regions(rng: Rng, x: Array, y: Array) -> list[tuple[str, Array]]:

@@ -1,20 +1,21 @@
 """What can be said about a scene of `demo_scenes`: captions, referring phrases, questions with their answers.
 
-Everything is true by construction: a phrase fits exactly one thing, an answer follows from the masks' centres and counts.
+True by construction: a phrase fits exactly one thing, an answer follows from the masks' centres and counts.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pipelines.demo_scenes import COLOURS, SHAPES, STUFF, THINGS, Rng, Scene, Thing
 
 APART = 0.08  # of the image side: closer centres are neither left nor right of each other
 LARGER = 1.8  # ratio of areas from which one thing is "large" and the other "small"
-PHRASE_SHARES = {
-    "plain": 1.0,
-    "superlative": 1.0,
-    "relation": 3.0,
-}  # chosen by us: a third of phrases must relate
+# Chosen by us so that a third of all phrases need their relation: the odds of each kind of phrase, and the share
+# of the things told apart without any relation that are referred to at all.
+PHRASE_ODDS = {"plain": 1.0, "superlative": 1.0, "relation": 4.0}
+PLAIN_SHARE = 0.35
 NUMBERS = ("no", "a", "two", "three", "four")
 
 Relation = Callable[[Thing, Thing], float]  # how far the first is beyond the second, in image sides
@@ -29,7 +30,7 @@ EXTREMES = {"leftmost": "left of", "rightmost": "right of", "top": "above", "bot
 
 @dataclass(frozen=True, kw_only=True)
 class Phrase:
-    """A phrase that fits one thing of the scene only; `relation` where it would fit several without its relation."""
+    """A phrase that fits one thing of the scene; `relation`: without its relation it would fit several."""
 
     text: str
     relation: bool
@@ -45,7 +46,7 @@ class Asked:
     answer_type: str
 
 
-# ------------------------------------------------------------------------------------------------------ captions
+# --------------------------------------------------------------------------------------------------- captions
 
 
 def captions(rng: Rng, scene: Scene, number: int = 2) -> tuple[str, ...]:
@@ -71,22 +72,27 @@ def _plural(name: str) -> str:
     return f"{name}es" if name.endswith("s") else f"{name}s"
 
 
-# ------------------------------------------------------------------------------------------------------ phrases
+# ---------------------------------------------------------------------------------------------------- phrases
 
 
 def phrases(rng: Rng, scene: Scene, target: Thing) -> tuple[Phrase, ...]:
     """One to three phrases that fit `target` and nothing else; none where nothing unambiguous can be said."""
-    candidates = [
-        (kind, phrase)
-        for noun in (target.name, target.shape)
-        for kind, phrase in _described(scene, target, noun)
-    ]
-    if not candidates or target.crowd:
+    nouns = () if target.crowd else (target.name, target.shape, f"{target.colour} shape")
+    by_kind: dict[str, list[Phrase]] = {}
+    for noun in nouns:
+        for kind, phrase in _described(scene, target, noun):
+            by_kind.setdefault(kind, []).append(phrase)
+    if not by_kind or ("relation" not in by_kind and rng.random() > PLAIN_SHARE):
         return ()
-    weights = [PHRASE_SHARES[kind] / sum(k == kind for k, _ in candidates) for kind, _ in candidates]
-    number = min(1 + int(rng.integers(3)), len(candidates))
-    shares = [weight / sum(weights) for weight in weights]
-    return tuple(candidates[i][1] for i in rng.choice(len(candidates), number, replace=False, p=shares))
+    chosen = []
+    for _ in range(1 + int(rng.integers(3))):
+        kinds = [kind for kind in PHRASE_ODDS if by_kind.get(kind)]
+        if not kinds:
+            break
+        odds = np.array([PHRASE_ODDS[kind] for kind in kinds])
+        of_kind = by_kind[str(rng.choice(kinds, p=odds / odds.sum()))]
+        chosen.append(of_kind.pop(rng.integers(len(of_kind))))
+    return tuple(chosen)
 
 
 def _described(scene: Scene, target: Thing, noun: str) -> list[tuple[str, Phrase]]:
@@ -133,45 +139,38 @@ def _anchors(scene: Scene) -> list[tuple[str, Thing]]:
     return [(noun, things[0]) for noun, things in found if len(things) == 1 and not things[0].crowd]
 
 
-# ------------------------------------------------------------------------------------------------------ questions
+# -------------------------------------------------------------------------------------------------- questions
 
 
 def questions(rng: Rng, scene: Scene) -> tuple[Asked, ...]:
-    """One question of each kind that the scene allows: colour, count, existence, position."""
-    asked = (_colour(rng, scene), _count(rng, scene), _existence(rng, scene), _position(rng, scene))
-    return tuple(question for question in asked if question)
+    """Up to two on colour, then one each on count, existence and position where the scene allows it."""
+    return (*_colours(rng, scene), *_count(rng, scene), *_existence(rng, scene), *_position(rng, scene))
 
 
-def _colour(rng: Rng, scene: Scene) -> Asked | None:
+def _colours(rng: Rng, scene: Scene) -> list[Asked]:
     unique = [(noun, thing) for noun, thing in _anchors(scene) if noun in SHAPES]
-    if not unique:
-        return None
-    noun, thing = unique[rng.integers(len(unique))]
-    return Asked(
-        question=f"what color is the {noun}?",
-        answer=thing.colour,
-        kind="what color is the",
-        answer_type="other",
-    )
+    chosen = [unique[i] for i in rng.permutation(len(unique))[:2]]
+    kind = "what color is the"
+    return [
+        Asked(question=f"{kind} {noun}?", answer=thing.colour, kind=kind, answer_type="other")
+        for noun, thing in chosen
+    ]
 
 
-def _count(rng: Rng, scene: Scene) -> Asked | None:
+def _count(rng: Rng, scene: Scene) -> list[Asked]:
     by_count: dict[int, list[str]] = {}
-    for noun in (*THINGS, *SHAPES, *COLOURS):
+    for noun in (*THINGS, *SHAPES, *(f"{colour} shape" for colour in COLOURS), "shape"):
         found = _of(scene.things, noun)
         if not any(thing.crowd for thing in found):
-            by_count.setdefault(len(found), []).append(f"{noun} shapes" if noun in COLOURS else _plural(noun))
-    if not any(thing.crowd for thing in scene.things):
-        by_count.setdefault(len(scene.things), []).append("shapes")
+            by_count.setdefault(len(found), []).append(_plural(noun))
     counts = sorted(by_count)
     count = counts[rng.integers(len(counts))]  # the count first, so that zero does not swamp the answers
     noun = by_count[count][rng.integers(len(by_count[count]))]
-    return Asked(
-        question=f"how many {noun} are there?", answer=str(count), kind="how many", answer_type="number"
-    )
+    question = f"how many {noun} are there?"
+    return [Asked(question=question, answer=str(count), kind="how many", answer_type="number")]
 
 
-def _existence(rng: Rng, scene: Scene) -> Asked:
+def _existence(rng: Rng, scene: Scene) -> list[Asked]:
     present = rng.random() < 0.5
     there = {thing.name for thing in scene.things}
     nouns = [name for name in THINGS if (name in there) == present]
@@ -184,7 +183,7 @@ def _existence(rng: Rng, scene: Scene) -> Asked:
     return _yes_no(f"is there a {noun}?", present, "is there a")
 
 
-def _position(rng: Rng, scene: Scene) -> Asked | None:
+def _position(rng: Rng, scene: Scene) -> list[Asked]:
     anchors = [(noun, thing) for noun, thing in _anchors(scene) if noun in THINGS]
     words = ("left of", "above")
     pairs = [
@@ -195,17 +194,17 @@ def _position(rng: Rng, scene: Scene) -> Asked | None:
         if RELATIONS[word](first, second) > APART
     ]
     if not pairs:
-        return None
+        return []
     first, word, second = pairs[rng.integers(len(pairs))]
     true = bool(rng.random() < 0.5)
     first, second = (first, second) if true else (second, first)
     return _yes_no(f"is the {first} {word} the {second}?", true, "is the")
 
 
-def _yes_no(question: str, answer: bool, kind: str) -> Asked:
-    return Asked(question=question, answer="yes" if answer else "no", kind=kind, answer_type="yes/no")
+def _yes_no(question: str, answer: bool, kind: str) -> list[Asked]:
+    return [Asked(question=question, answer="yes" if answer else "no", kind=kind, answer_type="yes/no")]
 
 
 def _of(things: Sequence[Thing], noun: str) -> list[Thing]:
-    """Things that a class name, a shape or a colour fits."""
-    return [thing for thing in things if noun in (thing.name, thing.shape, thing.colour)]
+    """Things that a noun fits: a class name, a shape, "red shape" or "shape"."""
+    return [thing for thing in things if noun in (thing.name, thing.shape, f"{thing.colour} shape", "shape")]

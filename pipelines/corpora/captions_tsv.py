@@ -1,6 +1,7 @@
 """Image-text pairs in a TSV: a header with the columns `image` and `caption`, then a line a pair.
 
-UTF-8, no quoting. An image may stand on several lines. Settings used: `images`, `annotations`. Other columns are ignored.
+UTF-8, no quoting, other columns are ignored. An image may stand on several lines.
+Settings used: `images`, `annotations`.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     header, *lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     columns = _columns(header, path)
     captions: dict[tuple[str, str], list[str]] = {}
-    numbers: dict[tuple[str, str], list[str]] = {}
     for number, line in enumerate(lines, start=2):
         if not line.strip():
             continue
@@ -28,11 +28,10 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             name, caption = _pair(line, columns)
             file = data_file(corpus, corpus.images, name, "no-image")
             captions.setdefault(file, []).append(text(caption))
-            numbers.setdefault(file, []).append(f"line {number}")
         except Refusal as refusal:
             yield refuse(corpus, f"line {number}", refusal)
     for file in captions:
-        yield _row(corpus, file, tuple(captions[file]), tuple(numbers[file]))
+        yield _row(corpus, file, tuple(captions[file]))
 
 
 def _columns(header: bytes, path: Path) -> list[str]:
@@ -55,9 +54,7 @@ def _pair(line: bytes, columns: list[str]) -> tuple[str, str]:
     return named["image"], named["caption"]
 
 
-def _row(
-    corpus: CorpusConfig, file: tuple[str, str], captions: tuple[str, ...], lines: tuple[str, ...]
-) -> Row:
+def _row(corpus: CorpusConfig, file: tuple[str, str], captions: tuple[str, ...]) -> Row:
     path, relative = file
     return Row(
         corpus=corpus.name,
@@ -67,5 +64,6 @@ def _row(
         height=None,
         width=None,
         captions=captions,
-        source=Source(corpus=corpus.name, files=(relative,), ids=lines, licence=corpus.licence),
+        # no ids: line numbers would change with every line inserted above
+        source=Source(corpus=corpus.name, files=(relative,), licence=corpus.licence),
     )

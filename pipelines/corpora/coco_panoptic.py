@@ -1,6 +1,7 @@
 """COCO panoptic: a JSON of segments, and a folder of PNGs whose colours are ids.
 
-id = R + 256 G + 65536 B, 0 is void. Settings used: `images`, `annotations`, `labels`. Format: https://cocodataset.org/#format-data, section 4.
+id = R + 256 G + 65536 B, 0 is void. Settings used: `images`, `annotations`, `labels`.
+Format: https://cocodataset.org/#format-data, section 4.
 """
 
 from collections.abc import Iterator

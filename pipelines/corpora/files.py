@@ -117,7 +117,7 @@ def data_file(corpus: CorpusConfig, folder: str, name: str, missing: Reason) -> 
 
 
 def text(value: str) -> str:
-    """A sentence with single spaces. Raises `Refusal` where it is empty, endless or has control characters."""
+    """A sentence with single spaces. Raises `Refusal` where it is empty, endless or has control codes."""
     sentence = " ".join(value.split())
     if not sentence:
         raise Refusal("text", "the text is empty")

@@ -74,7 +74,8 @@ def load_refs(path: Path) -> list[Any]:
 class _PlainUnpickler(pickle._Unpickler):
     """Builds lists, dicts, texts and numbers; a pickle that names a function or class is refused unexecuted.
 
-    The Python implementation, because the C one sizes its memo by an index in the file: six bytes ask for 64 GB.
+    The Python implementation, because the C one sizes its memo by an index in the file: a forged
+    file of six bytes could ask for 64 GB.
     """
 
     def find_class(self, module: str, name: str) -> Any:

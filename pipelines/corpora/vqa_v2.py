@@ -28,7 +28,7 @@ from schemas.records import Question, Reject, Source
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
-    """One row an image, in order of appearance, after a reject for each bad question. Raises `CorpusError`."""
+    """One row an image, in order of appearance, after the rejected questions. Raises `CorpusError`."""
     questions_path = annotation_file(corpus, "questions")
     asked = load_json(questions_path)
     subset = asked.get("data_subtype")
