@@ -1,8 +1,8 @@
 """The schema of every job file: what may be set, of which type, within which bounds, and its default.
 
-A job file is YAML. `load` resolves `extends:`, applies dotted overrides (`train.steps=50`) and validates; an unknown
-key is an error that names the nearest one. Nothing here starts anything or imports torch, so a wrong file is refused
-within a second.
+A job file is YAML. `load` resolves `extends:`, applies dotted overrides (`train.steps=50`) and validates; an
+unknown key is an error that names the nearest one. Nothing here starts anything or imports torch, so a wrong
+file is refused within a second.
 """
 
 import difflib
@@ -26,7 +26,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-# ---------------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------------------- the
+# model
 
 
 class BackboneConfig(Settings):
@@ -53,12 +54,12 @@ class ModelConfig(Settings):
     heads: Positive = 8
     ffn: Positive = 2048
     decoder_layers: Positive = 9
-    encoder_layers: NonNegative = Field(default=6, description="transformer layers of the pixel decoder, coarsest map")
-    latents: Positive = Field(default=100, description="object queries; the image query comes on top")
-    task_tokens: bool = Field(default=True, description="task token, task-guided query initialisation (OneFormer)")
-    init_layers: NonNegative = Field(default=2, description="layers of the task-guided query initialisation")
-    text_contexts: NonNegative = Field(default=16, description="learnable vectors in the query-text list (OneFormer N_ctx)")
-    backbone: BackboneConfig = BackboneConfig()
+    encoder_layers: NonNegative = Field(default=6, description="transformer layers of the pixel decoder,
+    coarsest map") latents: Positive = Field(default=100, description="object queries; the image query comes
+    on top") task_tokens: bool = Field(default=True, description="task token, task-guided query initialisation
+    (OneFormer)") init_layers: NonNegative = Field(default=2, description="layers of the task-guided query
+    initialisation") text_contexts: NonNegative = Field(default=16, description="learnable vectors in the
+    query-text list (OneFormer N_ctx)") backbone: BackboneConfig = BackboneConfig()
     text: TextConfig = TextConfig()
 
     @model_validator(mode="after")
@@ -67,7 +68,7 @@ class ModelConfig(Settings):
             if self.width % heads:
                 raise ValueError(f"width {self.width} cannot be divided by {what} {heads}")
         if self.width % 32:
-            raise ValueError(f"width {self.width} must be a multiple of 32 (group normalisation with 32 groups)")
+            raise ValueError(f"width {self.width} must be a multiple of 32 (groups of the normalisation)")
         if self.text_contexts > self.latents:
             raise ValueError(f"text_contexts {self.text_contexts} exceeds latents {self.latents}")
         return self
@@ -91,7 +92,8 @@ class LossConfig(Settings):
     points: Positive = Field(default=12544, description="points sampled on each mask")
     oversample: float = Field(default=3.0, ge=1)
     importance: Fraction = 0.75
-    top_layers: Positive = Field(default=3, description="captioning, retrieval, grounding: on this many last layers")
+    top_layers: Positive = Field(default=3, description="captioning, retrieval, grounding: on this many last
+    layers")
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -113,7 +115,9 @@ Format = Literal["coco_panoptic", "refcoco", "captions_tsv", "coco_captions", "v
 
 
 class CorpusConfig(Settings):
-    """One corpus, or one split of it. Which of the paths a format needs stands in its reader (pipelines/corpora)."""
+    """One corpus, or one split of it. Which of the paths a format needs stands in its reader
+    (pipelines/corpora).
+    """
 
     name: Name
     format: Format
@@ -124,8 +128,8 @@ class CorpusConfig(Settings):
     labels: str = Field(default="", description="coco_panoptic: folder of the RGB-coded PNGs")
     instances: str = Field(default="", description="refcoco: instances.json")
     questions: str = Field(default="", description="vqa_v2: questions JSON")
-    ref_split: str = Field(default="", description="refcoco: the split inside the pickle; empty takes the split's name")
-    licence: str = ""
+    ref_split: str = Field(default="", description="refcoco: the split inside the pickle; empty takes the
+    split's name") licence: str = ""
     limit: NonNegative = Field(default=0, description="at most this many images; 0 is all")
 
 
@@ -133,8 +137,9 @@ class BuildConfig(Settings):
     num_workers: Positive = Field(default=2, description="concurrent Ray tasks")
     shard_samples: Positive = 500
     shard_mb: Positive = 256
-    max_reject_share: Fraction = Field(default=0.05, description="above it the build stops and publishes nothing")
-    max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected unread")
+    max_reject_share: Fraction = Field(default=0.05, description="above it the build stops and publishes
+    nothing") max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected
+    unread")
 
 
 class DatasetRef(Settings):
@@ -142,7 +147,8 @@ class DatasetRef(Settings):
     version: str = Field(default="current", description="a version id or 'current'")
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------------------
+# training
 
 
 class BatchConfig(Settings):
@@ -153,8 +159,8 @@ class BatchConfig(Settings):
 
 
 class AugmentConfig(Settings):
-    image_size: Annotated[int, Field(ge=32)] = Field(default=1024, description="square side of the crop, pixels")
-    scale: tuple[float, float] = Field(default=(0.1, 2.0), description="large-scale jitter")
+    image_size: Annotated[int, Field(ge=32)] = Field(default=1024, description="square side of the crop,
+    pixels") scale: tuple[float, float] = Field(default=(0.1, 2.0), description="large-scale jitter")
     flip: Fraction = 0.5
     image_text_size: Annotated[int, Field(ge=32)] = 224
 
@@ -174,8 +180,8 @@ class TrainConfig(Settings):
     steps: Positive = 1000
     seed: NonNegative = 0
     num_workers: Positive = Field(default=1, description="Ray Train workers (ranks)")
-    cpus_per_worker: NonNegative = Field(default=0, description="0 shares the cluster's CPUs among the workers")
-    use_gpu: bool = False
+    cpus_per_worker: NonNegative = Field(default=0, description="0 shares the cluster's CPUs among the
+    workers") use_gpu: bool = False
     loader_workers: NonNegative = Field(default=0, description="decoding processes of each rank")
     precision: Literal["fp32", "bf16"] = "fp32"
     tasks: tuple[Task, ...] = TASKS
@@ -183,7 +189,7 @@ class TrainConfig(Settings):
         default=(0.33, 0.33, 0.34), description="probability of semantic, instance, panoptic for each image"
     )
     shares: dict[Task, Fraction] = Field(
-        default={}, description="probability that a task is trained on an image that has its annotations; default 1"
+        default={}, description="probability that a task is trained on an image that can tell of it; 1"
     )
     max_phrases: Positive = Field(default=4, description="referring expressions of an image in a step")
     batch: BatchConfig = BatchConfig()
@@ -201,13 +207,15 @@ class TrainConfig(Settings):
             raise ValueError(f"tasks is empty; choose from {list(TASKS)}")
         for what in get_args(Literal["segmentation", "image_text"]):
             if getattr(self.batch, what) % self.num_workers:
-                raise ValueError(f"batch.{what} {getattr(self.batch, what)} cannot be divided by {self.num_workers} workers")
+                size = getattr(self.batch, what)
+                raise ValueError(f"batch.{what} {size} cannot be divided by {self.num_workers} workers")
         if abs(sum(self.task_sampling) - 1) > 1e-6:
             raise ValueError(f"task_sampling {self.task_sampling} must sum to 1")
         return self
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------
+# evaluation
 
 
 class EvaluateConfig(Settings):
@@ -216,9 +224,9 @@ class EvaluateConfig(Settings):
     batch: Positive = 16
     limit: NonNegative = Field(default=0, description="at most this many images per stream; 0 is all")
     image_size: NonNegative = Field(default=0, description="long side the model sees; 0 takes the training's")
-    object_threshold: Fraction = Field(default=0.8, description="panoptic: least class score (Mask2Former on COCO)")
-    overlap_threshold: Fraction = Field(default=0.8, description="panoptic: least visible share of a mask")
-    instances: Positive = Field(default=100, description="instance: kept per image")
+    object_threshold: Fraction = Field(default=0.8, description="panoptic: least class score (Mask2Former on
+    COCO)") overlap_threshold: Fraction = Field(default=0.8, description="panoptic: least visible share of a
+    mask") instances: Positive = Field(default=100, description="instance: kept per image")
     max_caption_tokens: Positive = 50
     pictures: NonNegative = Field(default=8, description="overlay pictures logged")
 
@@ -226,8 +234,8 @@ class EvaluateConfig(Settings):
 class Rule(Settings):
     """One row of the promotion rules.
 
-    The candidate may fall behind the champion by at most `tolerance` on this metric; where `must_improve`, its gain has
-    to be positive with the `confidence` of promote by paired bootstrap over images.
+    The candidate may fall behind the champion by at most `tolerance` on this metric; where `must_improve`,
+    its gain has to be positive with the `confidence` of promote by paired bootstrap over images.
     """
 
     task: Task
@@ -240,14 +248,15 @@ class Rule(Settings):
 
 
 class PromoteConfig(Settings):
-    candidate: str = Field(default="latest", description="a version number of the registered model, or 'latest'")
-    require: bool = Field(default=False, description="a refusal is a non-zero status")
+    candidate: str = Field(default="latest", description="a version number of the registered model, or
+    'latest'") require: bool = Field(default=False, description="a refusal is a non-zero status")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     resamples: Positive = 1000
     rules: tuple[Rule, ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------------- job files
+# ---------------------------------------------------------------------------------------------------- job
+# files
 
 
 class Job(Settings):
@@ -261,8 +270,8 @@ class RebuildJob(Job):
 
     kind: Literal["rebuild"]
     dataset: Name = "demo"
-    demo: DemoConfig | None = Field(default=None, description="write the demo corpora first; corpora may be empty then")
-    corpora: tuple[CorpusConfig, ...] = ()
+    demo: DemoConfig | None = Field(default=None, description="write the demo corpora first; corpora may be
+    empty then") corpora: tuple[CorpusConfig, ...] = ()
     build: BuildConfig = BuildConfig()
 
     @model_validator(mode="after")
@@ -279,8 +288,8 @@ class PretrainJob(Job):
     """A dataset version -> a trained, registered model."""
 
     kind: Literal["pretrain"]
-    name: Name = Field(default="demo", description="the run; submitting the same name and settings again resumes it")
-    registered_model: Name = "demo"
+    name: Name = Field(default="demo", description="the run; submitting the same name and settings again
+    resumes it") registered_model: Name = "demo"
     dataset: DatasetRef = DatasetRef()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -334,12 +343,13 @@ def validate(document: dict[str, Any], where: str) -> AnyJob:
     """A plain document -> a job. Raises `JobFileError`."""
     kind = document.get("kind")
     if kind not in KINDS:
-        raise JobFileError(f"{where}: kind is {kind!r}; choose one of {sorted(KINDS)}{_nearest(str(kind), KINDS)}")
+        near = _nearest(str(kind), KINDS)
+        raise JobFileError(f"{where}: kind is {kind!r}; choose one of {sorted(KINDS)}{near}")
     try:
         return _ADAPTER.validate_python(document)
     except ValidationError as error:
         lines = [_explain(e, KINDS[kind]) for e in error.errors()]
-        raise JobFileError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise JobFileError("\n  ".join([f"{where}: {len(lines)} problem(s)", *lines])) from None
 
 
 def json_schema() -> dict[str, Any]:
@@ -401,8 +411,8 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> dict[str, Any]:
         if name.isdigit():
             continue
         annotation = model.model_fields[name].annotation
-        models = [a for a in (annotation, *_flatten(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not models:
+        models = [a for a in (annotation, *_flatten(annotation)) if isinstance(a, type) and issubclass(a,
+        BaseModel)] if not models:
             return {}
         model = models[0]
     return dict(model.model_fields)

@@ -11,7 +11,9 @@ Array = np.ndarray[Any, Any]
 
 
 def rgb_to_ids(rgb: Array) -> Array:
-    """COCO panoptic colours to segment ids: uint8[H, W, 3] -> int32[H, W], id = R + 256 G + 65536 B; 0 is void."""
+    """COCO panoptic colours to segment ids: uint8[H, W, 3] -> int32[H, W], id = R + 256 G + 65536 B; 0 is
+    void.
+    """
     wide = rgb[..., :3].astype(np.int32)
     return wide[..., 0] + 256 * wide[..., 1] + 65536 * wide[..., 2]
 
@@ -33,11 +35,16 @@ def decode_rle(rle: Rle) -> Array:
 
 
 def annotation_rle(segmentation: Any, height: int, width: int) -> Rle:
-    """A COCO `segmentation` (polygons, uncompressed or compressed RLE) -> run lengths; parts are united, not summed.
+    """A COCO `segmentation` (polygons, uncompressed or compressed RLE) -> run lengths; parts are united, not
+    summed.
 
     Raises `ValueError` where it is none of the three, is empty, or has another size than the image.
     """
-    if isinstance(segmentation, list) and segmentation and all(len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
+    if (
+        isinstance(segmentation, list)
+        and segmentation
+        and all(len(p) >= 6 and len(p) % 2 == 0 for p in segmentation)
+    ):
         merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
         if tuple(segmentation["size"]) != (height, width):
@@ -48,7 +55,9 @@ def annotation_rle(segmentation: Any, height: int, width: int) -> Rle:
         else:
             merged = {"size": [height, width], "counts": counts.encode("ascii")}
     else:
-        raise ValueError(f"segmentation is neither polygons (6 numbers or more each) nor run lengths: {segmentation!r:.80}")
+        raise ValueError(
+            f"segmentation is neither polygons (6 numbers or more each) nor run lengths: {segmentation!r:.80}"
+        )
     return Rle(size=(height, width), counts=merged["counts"].decode("ascii"))
 
 

@@ -1,8 +1,8 @@
 """What flows: one SAMPLE is one image with whatever annotations it has.
 
 `SampleMeta` is the JSON document that travels with an image on disk and between processes (`<key>.json` in a
-shard); `Sample` is the same thing decoded, inside one process. A `Reject` is a record that was refused, and why.
-Nothing here reads files.
+shard); `Sample` is the same thing decoded, inside one process. A `Reject` is a record that was refused, and
+why. Nothing here reads files.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ class Record(BaseModel):
 
 
 class Segment(Record):
-    """One region of the label map. `id` is the map's pixel value (0 is void); `bbox` is x, y, width, height in pixels."""
+    """One region of the label map. `id` is the map's pixel value (0 is void); `bbox` is x, y, width, height
+    in pixels.
+    """
 
     id: int
     category: str
@@ -41,7 +43,9 @@ class Rle(Record):
 
 
 class Referring(Record):
-    """Expressions that each refer to one region, given by its own mask (a RefCOCO mask is no panoptic segment)."""
+    """Expressions that each refer to one region, given by its own mask (a RefCOCO mask is no panoptic
+    segment).
+    """
 
     sentences: tuple[str, ...]
     mask: Rle
@@ -56,7 +60,9 @@ class Question(Record):
 
 
 class Source(Record):
-    """Where a part of a sample came from: the corpus, the files under its root, the annotation ids, the licence."""
+    """Where a part of a sample came from: the corpus, the files under its root, the annotation ids, the
+    licence.
+    """
 
     corpus: str
     files: tuple[str, ...]

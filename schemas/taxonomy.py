@@ -1,4 +1,6 @@
-"""A taxonomy: the ordered list of classes that a corpus labels, each a thing or stuff, each seen in training or not."""
+"""A taxonomy: the ordered list of classes that a corpus labels, each a thing or stuff, each seen in training
+or not.
+"""
 
 from functools import cache
 from importlib import resources
@@ -8,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Category(BaseModel):
-    """One class. `name` may list synonyms separated by commas; `seen` is false where no training mask has it."""
+    """One class. `name` may list synonyms separated by commas; `seen` is false where no training mask has
+    it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -31,7 +35,9 @@ class Taxonomy(BaseModel):
         names = [c.name for c in self.categories]
         twice = sorted({n for n in names if names.count(n) > 1})
         if not names or twice:
-            raise ValueError(f"taxonomy {self.name!r}: " + (f"names stand twice: {twice}" if twice else "no classes"))
+            raise ValueError(
+                f"taxonomy {self.name!r}: " + (f"names stand twice: {twice}" if twice else "no classes")
+            )
         return self
 
     @property

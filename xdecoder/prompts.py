@@ -22,7 +22,9 @@ BACKGROUND = "background"  # the no-object class is this word's embedding, as in
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """The names a training speaks of: its classes (only those with masks) and the answers that VQA chooses among."""
+    """The names a training speaks of: its classes (only those with masks) and the answers that VQA chooses
+    among.
+    """
 
     taxonomy: Taxonomy
     answers: tuple[str, ...]
@@ -61,7 +63,9 @@ def detokenize(ids: Sequence[int]) -> str:
 
 
 def clean(name: str) -> str:
-    """A class name as words: COCO's "-merged", "-other", "-stuff" go, separators become spaces (X-Decoder, 4.4)."""
+    """A class name as words: COCO's "-merged", "-other", "-stuff" go, separators become spaces (X-Decoder,
+    4.4).
+    """
     for suffix in ("-merged", "-other", "-stuff"):
         name = name.removesuffix(suffix)
     return re.sub(r"[\s+_-]+", " ", name).strip().lower()
@@ -92,7 +96,9 @@ _SIDES = re.compile(r"\b(left|right|leftmost|rightmost)\b", re.IGNORECASE)
 
 
 def mirror(text: str) -> str:
-    """What a phrase says of the picture's mirror image: left and right change places (the originals forget this)."""
+    """What a phrase says of the picture's mirror image: left and right change places (the originals forget
+    this).
+    """
 
     def swap(match: re.Match[str]) -> str:
         word = match.group(0)

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from schemas.jobs import ModelConfig, TrainConfig
 from schemas.records import Sample
 from schemas.tasks import Stream, Task
+from xdecoder.inference import exams, gallery
+from xdecoder.inference.exams import Exam, Sitting
 from xdecoder.model.text import TextFeatures
 from xdecoder.prompts import Vocabulary, tokenize
 from xdecoder.training import losses
@@ -51,15 +54,20 @@ class TaskRow:
     truth      what one view says of it, or None where the view says nothing
     targets    the truths of several views -> tensors; tasks with the same function share one decoder pass
     loss       the named terms of such a pass, given the targets' texts, encoded
+    exam       how held-out samples are read and scored
+    picture    one prediction beside its truth
     """
 
     stream: Stream
     truth: Callable[[View, Setting, np.random.Generator], Any | None]
     targets: Callable[[Sequence[Any], Sequence[Task], Setting], Targets]
     loss: Callable[[losses.Scene, Work, TextFeatures], losses.Terms]
+    exam: Callable[[Sitting, Sequence[Sample]], Exam]
+    picture: Callable[[Sitting, Sample], Image.Image]
 
 
-# ------------------------------------------------------------------------------------------------ what a view says
+# ------------------------------------------------------------------------------------------------ what a view
+# says
 
 
 def _segments(
@@ -93,7 +101,8 @@ def _question(view: View, setting: Setting, rng: np.random.Generator) -> Any:
     return question.question, answer_shares(question.answers, listed)
 
 
-# ------------------------------------------------------------------------------------------------ truths to tensors
+# ------------------------------------------------------------------------------------------------ truths to
+# tensors
 
 
 def _mask_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> MaskTargets:
@@ -126,19 +135,53 @@ def _answer_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setti
 _masked = partial(TaskRow, stream="segmentation", targets=_mask_targets, loss=losses.segmentation)
 
 TABLE: Mapping[Task, TaskRow] = {
-    "semantic": _masked(truth=partial(_segments, merge_things=True, keep_stuff=True)),
-    "instance": _masked(truth=partial(_segments, merge_things=False, keep_stuff=False)),
-    "panoptic": _masked(truth=partial(_segments, merge_things=False, keep_stuff=True)),
+    "semantic": _masked(
+        truth=partial(_segments, merge_things=True, keep_stuff=True),
+        exam=exams.semantic,
+        picture=gallery.semantic,
+    ),
+    "instance": _masked(
+        truth=partial(_segments, merge_things=False, keep_stuff=False),
+        exam=exams.instance,
+        picture=gallery.instance,
+    ),
+    "panoptic": _masked(
+        truth=partial(_segments, merge_things=False, keep_stuff=True),
+        exam=exams.panoptic,
+        picture=gallery.panoptic,
+    ),
     "referring": TaskRow(
-        stream="segmentation", truth=_phrases, targets=_phrase_targets, loss=losses.referring
+        stream="segmentation",
+        truth=_phrases,
+        targets=_phrase_targets,
+        loss=losses.referring,
+        exam=exams.referring,
+        picture=gallery.referring,
     ),
     "retrieval": TaskRow(
-        stream="image_text", truth=_caption, targets=_caption_targets, loss=losses.retrieval
+        stream="image_text",
+        truth=_caption,
+        targets=_caption_targets,
+        loss=losses.retrieval,
+        exam=exams.retrieval,
+        picture=gallery.retrieval,
     ),
     "captioning": TaskRow(
-        stream="image_text", truth=_caption, targets=_caption_targets, loss=losses.captioning
+        stream="image_text",
+        truth=_caption,
+        targets=_caption_targets,
+        loss=losses.captioning,
+        exam=exams.captioning,
+        picture=gallery.captioning,
     ),
-    "vqa": TaskRow(stream="image_text", truth=_question, targets=_answer_targets, loss=losses.vqa),
+    "vqa": TaskRow(
+        stream="image_text",
+        truth=_question,
+        targets=_answer_targets,
+        loss=losses.vqa,
+        exam=exams.vqa,
+        picture=gallery.vqa,
+    ),
 }
 
 # One of these is drawn for each image and load; the others are trained wherever an image can tell of them.
@@ -147,7 +190,9 @@ ALTERNATIVES: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchMaker:
-    """Samples of a stream and a seed for each -> a batch with its works. Picklable: loader processes hold one."""
+    """Samples of a stream and a seed for each -> a batch with its works. Picklable: loader processes hold
+    one.
+    """
 
     stream: Stream
     setting: Setting

@@ -13,7 +13,8 @@ from xdecoder.prompts import END, PAD, START, detokenize
 
 @torch.no_grad()
 def greedy(model: XDecoder, pixels: Pixels, images: Tensor, task: Tensor, max_tokens: int) -> list[str]:
-    """The most likely next token, again and again, until every caption has ended or holds `max_tokens` tokens.
+    """The most likely next token, again and again, until every caption has ended or holds `max_tokens`
+    tokens.
 
     images int64[R] into the batch of `pixels`; task float[R, D] the captioning sentence for each
     """

@@ -1,10 +1,11 @@
-"""A trained model as a user meets it: pictures and words in, typed answers out, each of which can draw itself.
+"""A trained model as a user meets it: pictures and words in, typed answers out, each of which can draw
+itself.
 
     predictor = Predictor.load(folder)
     predictor.panoptic(["street.jpg"], classes=["car", "road"])[0].draw().save("out.png")
 
-Pictures may be paths, PIL images or arrays uint8[H, W, 3]; answers have the picture's own size. Class lists are open:
-without one, the classes of the training are used.
+Pictures may be paths, PIL images or arrays uint8[H, W, 3]; answers have the picture's own size. Class lists
+are open: without one, the classes of the training are used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,10 @@ from schemas.taxonomy import Category, Taxonomy
 from xdecoder.inference import draw, generate, postprocess
 from xdecoder.inference.postprocess import Frame, Instances, PanopticMap
 from xdecoder.model.decoder import Pixels
+from xdecoder.model.files import ModelCard, load_model
 from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import ClassTexts, XDecoder
 from xdecoder.prompts import tokenize
-from xdecoder.training.checkpoint import ModelCard, load_model
 from xdecoder.training.losses import answer_logits, pack
 
 Picture = str | Path | Image.Image | Array
@@ -161,11 +162,14 @@ class Predictor:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> "Predictor":
-        """A model that `checkpoint.export` wrote. Raises `ValueError` where the folder holds none."""
+        """A model that `training.checkpoint.export` wrote. Raises `ValueError` where the folder holds
+        none.
+        """
         model, card = load_model(Path(folder), device)
         return cls(model, card, device=device)
 
-    # -------------------------------------------------------------------------------------------- segmentation
+    # --------------------------------------------------------------------------------------------
+    # segmentation
 
     def panoptic(
         self,
@@ -176,7 +180,9 @@ class Predictor:
         overlap_threshold: float = 0.8,
         task: Task = "panoptic",
     ) -> list[PanopticResult]:
-        """Every pixel to at most one segment. `task` is the token that is fed (the others serve experiments)."""
+        """Every pixel to at most one segment. `task` is the token that is fed (the others serve
+        experiments).
+        """
         taxonomy = self._taxonomy(classes)
         things = torch.tensor([c.isthing for c in taxonomy.categories])
         return [
@@ -236,10 +242,13 @@ class Predictor:
             masks = postprocess.referring(similarity, self.model.masks(final, pixels, where)[0], frames[0])
         return ReferringResult(image=arrays[0], phrases=tuple(phrases), masks=masks)
 
-    # -------------------------------------------------------------------------------------------- image and text
+    # -------------------------------------------------------------------------------------------- image and
+    # text
 
     def retrieve(self, images: Sequence[Picture], texts: Sequence[str]) -> RetrievalResult:
-        """How well pictures fit texts: the mean of the decoder's and the backbone's cosine (X-Decoder, 2.4)."""
+        """How well pictures fit texts: the mean of the decoder's and the backbone's cosine (X-Decoder,
+        2.4).
+        """
         rows = []
         with torch.no_grad():
             sentences = F.normalize(self._texts(texts).sentence, dim=-1)

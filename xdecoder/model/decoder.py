@@ -1,10 +1,12 @@
-"""The generalized decoder: queries of four kinds look at the picture and at one another, and tell masks and meanings.
+"""The generalized decoder: queries of four kinds look at the picture and at one another, and tell masks and
+meanings.
 
-A *request* is one image with one task; the same image may stand in several requests, which share its features. Who
-attends to whom is the table `PATTERNS` below. What the answers are used for is not decided here.
+A *request* is one image with one task; the same image may stand in several requests, which share its
+features. Who attends to whom is the table `PATTERNS` below. What the answers are used for is not decided
+here.
 
-Letters: `B` images, `R` requests, `O` latents, `T` text tokens, `S` all queries of a request, `D` width, `h w` a
-level's grid, `L` decoder layers.
+Letters: `B` images, `R` requests, `O` latents, `T` text tokens, `S` all queries of a request, `D` width,
+`h w` a level's grid, `L` decoder layers.
 """
 
 from collections.abc import Mapping
@@ -39,9 +41,10 @@ class Pattern:
     ordered: bool = False
 
 
-# The attention table. Latents never see the image query or a caption, so one picture's masks do not depend on what is
-# said about it; a referring phrase is meant to change them. (X-Decoder 2.1, with OneFormer's task token among the
-# latents. VQA reads its whole question at once, as the paper says and the released code does not.)
+# The attention table. Latents never see the image query or a caption, so one picture's masks do not depend on
+# what is said about it; a referring phrase is meant to change them. (X-Decoder 2.1, with OneFormer's task
+# token among the latents. VQA reads its whole question at once, as the paper says and the released code does
+# not.)
 PATTERNS: dict[PatternName, Pattern] = {
     "segmentation": Pattern(
         sees={
@@ -129,7 +132,7 @@ class Request:
 class Prediction:
     """What the queries say after one layer (or before the first).
 
-    semantic      float[R, O, D], the meaning of each latent, in the space of sentence embeddings, not normalised
+    semantic      float[R, O, D], the meaning of each latent as a sentence embedding, not normalised
     image         float[R, D], the meaning of the whole picture
     mask_embed    float[R, O, D]; its product with the mask features is the mask logit
     text          float[R, T, D], the text queries after normalisation
@@ -182,8 +185,9 @@ class _Layer(nn.Module):
 class _QueryInit(nn.Module):
     """Task-guided queries: the task token, repeated, looks at the picture (OneFormer, 1.6).
 
-    The original swaps positions and features, so its values hold no picture; here values are the features. Memory is the
-    finest level of the decoder instead of the mask features: four times fewer keys, chosen by us.
+    The original swaps positions and features, so its values hold no picture; here values are the features.
+    Memory is the finest level of the decoder instead of the mask features: four times fewer keys, chosen by
+    us.
     """
 
     def __init__(self, width: int, heads: int, ffn: int, layers: int) -> None:
@@ -253,7 +257,9 @@ class Decoder(nn.Module):
     def _queries(
         self, request: Request, pattern: Pattern, level: Level
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Content and position of all queries, float[R, S, D] each, in the order latent, image, task, text."""
+        """Content and position of all queries, float[R, S, D] each, in the order latent, image, task,
+        text.
+        """
         rows, count = len(request.images), self.latents
         places = self.positions.weight.expand(rows, -1, -1)
         latents, image = self.contents.weight.split((count, 1))
@@ -282,7 +288,9 @@ class Decoder(nn.Module):
         return head + ["text"] * (size - len(head))
 
     def _self_mask(self, pattern: Pattern, request: Request, x: Tensor) -> Tensor:
-        """bool[R or 1, 1, S, S], True where query s may not attend to query s'; every query may attend to itself."""
+        """bool[R or 1, 1, S, S], True where query s may not attend to query s'; every query may attend to
+        itself.
+        """
         kinds = self._kinds(x.shape[1])
         allowed = torch.tensor(
             [[column in pattern.sees[row] for column in kinds] for row in kinds], device=x.device
@@ -301,7 +309,8 @@ class Decoder(nn.Module):
     def _cross_mask(self, prediction: Prediction, level: Level, images: Tensor, looking: int) -> Tensor:
         """bool[R, 1, looking, hw]: latents look where their mask is, all others at the whole picture.
 
-        The original clears the wrong row for its image query (off by one); ours looks everywhere, as it was meant to.
+        The original clears the wrong row for its image query (off by one); ours looks everywhere, as it was
+        meant to.
         """
         padding = level.padding[images][:, None]
         outside = prediction.mask_embed @ level.mask_features[images] < 0  # sigmoid below one half
@@ -322,6 +331,8 @@ class Decoder(nn.Module):
 
 
 def _pool(image: Tensor, latents: Tensor) -> Tensor:
-    """The image query gathers the latents most like it: float[R, D], float[R, O, D] -> float[R, D] (X-Decoder, 2.0)."""
+    """The image query gathers the latents most like it: float[R, D], float[R, O, D] -> float[R, D]
+    (X-Decoder, 2.0).
+    """
     similarity = F.normalize(latents, dim=-1) @ F.normalize(image, dim=-1)[..., None]
     return (similarity.softmax(1) * latents).sum(1)

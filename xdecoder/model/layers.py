@@ -72,8 +72,8 @@ def matrix(inputs: int, outputs: int) -> nn.Linear:
 def sine_positions(padding: Tensor, width: int) -> Tensor:
     """2-D sine position encoding: bool[N, h, w] (True is padding) -> float32[N, h, w, width].
 
-    Coordinates count the valid cells from 1 and are normalised to 2 pi by the last valid one, so padding does not move
-    them; y then x; even channels sine, odd cosine (DETR; X-Decoder, 1.4).
+    Coordinates count the valid cells from 1 and are normalised to 2 pi by the last valid one, so padding does
+    not move them; y then x; even channels sine, odd cosine (DETR; X-Decoder, 1.4).
     """
     half = width // 2
     frequency = 10000.0 ** (2 * (torch.arange(half, device=padding.device) // 2) / half)

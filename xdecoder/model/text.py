@@ -1,4 +1,5 @@
-"""The one text encoder: class names, phrases, captions, questions, answers and task sentences all pass through it.
+"""The one text encoder: class names, phrases, captions, questions, answers and task sentences all pass
+through it.
 
 CLIP's causal transformer. Letters: `N` texts, `T` tokens, `D` width.
 """
@@ -48,7 +49,9 @@ class _Block(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """int64[N, T] token ids -> `TextFeatures`. Equal texts are encoded once, none longer than the longest is."""
+    """int64[N, T] token ids -> `TextFeatures`. Equal texts are encoded once, none longer than the longest
+    is.
+    """
 
     def __init__(self, width: int, config: TextConfig) -> None:
         super().__init__()
@@ -83,7 +86,9 @@ class TextEncoder(nn.Module):
         return TextFeatures(ids=ids, tokens=tokens, sentence=sentence, padding=later | (ids == PAD))
 
     def several(self, groups: Sequence[Tensor]) -> list[TextFeatures]:
-        """Groups of texts int64[N_i, T_i] in one pass; a text that stands in many groups is still encoded once."""
+        """Groups of texts int64[N_i, T_i] in one pass; a text that stands in many groups is still encoded
+        once.
+        """
         longest = max(ids.shape[1] for ids in groups)
         joined = self(torch.cat([F.pad(ids, (0, longest - ids.shape[1]), value=PAD) for ids in groups]))
         parts, start = [], 0
@@ -109,5 +114,7 @@ class TextEncoder(nn.Module):
         return self.project(self.norm(x))
 
     def token_logits(self, slots: Tensor) -> Tensor:
-        """float[..., D] -> float[..., vocabulary]; the output matrix is the input's token table (X-Decoder, 1.5)."""
+        """float[..., D] -> float[..., vocabulary]; the output matrix is the input's token table (X-Decoder,
+        1.5).
+        """
         return F.linear(slots, self.token_embedding.weight)

@@ -78,7 +78,9 @@ class XDecoder(nn.Module):
         task: Tensor,
         text: TextFeatures | None = None,
     ) -> Outputs:
-        """Decode R requests: `images` int64[R] into the batch, `task` float[R, D] the sentences of their tasks."""
+        """Decode R requests: `images` int64[R] into the batch, `task` float[R, D] the sentences of their
+        tasks.
+        """
         return self.decoder(pixels, Request(pattern=pattern, images=images, task=task, text=text))
 
     def masks(self, prediction: Prediction, pixels: Pixels, images: Tensor) -> Tensor:
@@ -95,7 +97,9 @@ class XDecoder(nn.Module):
         return self.scale() * F.normalize(meaning, dim=-1) @ F.normalize(texts, dim=-1).transpose(-1, -2)
 
     def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
-        """Any texts, for inference; training encodes all texts of a step in one pass (`TextEncoder.several`)."""
+        """Any texts, for inference; training encodes all texts of a step in one pass
+        (`TextEncoder.several`).
+        """
         return self.text(tokenize(texts, self.text.context).to(self.log_scale.device))
 
     def embed_pooled(self, pixels: Pixels) -> Tensor:

@@ -70,8 +70,8 @@ class _Geometry:
 def jittered(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> View:
     """Large-scale jitter, fixed square crop, flip: the view for segmentation.
 
-    The scale is drawn from `config.scale`; the picture is resized to fit scale x image_size and a window of image_size is
-    taken from it.
+    The scale is drawn from `config.scale`; the picture is resized to fit scale x image_size and a window of
+    image_size is taken from it.
     """
     side = config.image_size
     height, width = sample.image.shape[:2]
@@ -83,7 +83,9 @@ def jittered(sample: Sample, config: AugmentConfig, rng: np.random.Generator) ->
 
 
 def resized(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> View:
-    """The whole picture, squeezed to a square, flipped or not: the view for image and text (X-Decoder, 4.3)."""
+    """The whole picture, squeezed to a square, flipped or not: the view for image and text (X-Decoder,
+    4.3).
+    """
     side = config.image_text_size
     flip = bool(rng.random() < config.flip)
     return _view(sample, _Geometry(scaled=(side, side), corner=(0, 0), side=side, flip=flip))

@@ -24,7 +24,8 @@ class MaskTargets:
 
     masks          float32[R, M, H, W] of 0 and 1, padded with empty masks; counts[r] are real
     labels         int64[R, M], index into the vocabulary's classes, -1 behind counts[r]
-    texts          int64[R * n, T], OneFormer's list of n sentences for each request; empty without task tokens
+    texts          int64[R * n, T], OneFormer's list of n sentences for each request; empty without task
+    tokens
     """
 
     masks: Tensor
@@ -35,7 +36,9 @@ class MaskTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class PhraseTargets:
-    """Truth of referring requests: `texts` int64[N, T], the phrases in order, counts[r] of request r; masks as above."""
+    """Truth of referring requests: `texts` int64[N, T], the phrases in order, counts[r] of request r; masks
+    as above.
+    """
 
     masks: Tensor
     counts: tuple[int, ...]
@@ -51,7 +54,9 @@ class CaptionTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerTargets:
-    """Truth of VQA requests: `texts` int64[R, T], the questions; `answers` float32[R, A], the share that gave each."""
+    """Truth of VQA requests: `texts` int64[R, T], the questions; `answers` float32[R, A], the share that gave
+    each.
+    """
 
     texts: Tensor
     answers: Tensor
@@ -109,8 +114,8 @@ def target_masks(
 ) -> tuple[Array, list[int]]:
     """Masks and classes that a task wants from one panoptic label map (OneFormer, 1.3).
 
-    Crowd segments, segments without a pixel left and classes outside the vocabulary are dropped; stuff of one class is
-    one mask; things are one mask each, or one a class where `merge_things`.
+    Crowd segments, segments without a pixel left and classes outside the vocabulary are dropped; stuff of one
+    class is one mask; things are one mask each, or one a class where `merge_things`.
 
     returns    bool[M, H, W] and M class indices, in class order
     """
@@ -160,7 +165,9 @@ def pad_masks(masks: Sequence[Array]) -> Tensor:
 
 
 def answer_shares(answers: Sequence[str], listed: Sequence[str]) -> Array:
-    """The share of people who gave each listed answer, float32[A]; all zero where nobody gave a listed one."""
+    """The share of people who gave each listed answer, float32[A]; all zero where nobody gave a listed
+    one.
+    """
     given = [listed.index(answer) for answer in answers if answer in listed]
     shares = np.bincount(given, minlength=len(listed)).astype(np.float32)
     return shares / max(1, len(given))

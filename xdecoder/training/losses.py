@@ -1,10 +1,11 @@
 """What the model is asked to get right: one function a kind of request, each returning named terms.
 
-Every term is a plain number before its weight; `total` joins them by `LossConfig`, where a term without a weight is an
-error. Predictions are supervised before the first layer and after every layer (deep supervision); captioning,
-retrieval, VQA and grounding on the last `top_layers` of them.
+Every term is a plain number before its weight; `total` joins them by `LossConfig`, where a term without a
+weight is an error. Predictions are supervised before the first layer and after every layer (deep
+supervision); captioning, retrieval, VQA and grounding on the last `top_layers` of them.
 
-Letters: `L` predictions, `R` requests, `O` latents, `M` target masks, `K` classes, `N` texts, `T` tokens, `D` width.
+Letters: `L` predictions, `R` requests, `O` latents, `M` target masks, `K` classes, `N` texts, `T` tokens, `D`
+width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,8 @@ Terms = dict[str, Tensor]
 class Scene:
     """What the loss functions share: the encoded batch, and texts that are the same for every request.
 
-    classes float[K + 1, D], unit; answers float[A, D]; tasks float[7, D], the sentences behind the task tokens
+    classes float[K + 1, D], unit; answers float[A, D]; tasks float[7, D], the sentences behind the task
+    tokens
     """
 
     model: XDecoder
@@ -45,14 +47,17 @@ class Scene:
 
 
 def total(terms: Mapping[str, Tensor], config: LossConfig) -> Tensor:
-    """The weighted sum. Raises `ValueError` for a term that has no weight (the original drops it without a word)."""
+    """The weighted sum. Raises `ValueError` for a term that has no weight (the original drops it without a
+    word).
+    """
     missing = sorted(terms.keys() - LossConfig.model_fields.keys())
     if missing:
         raise ValueError(f"loss terms {missing} have no weight in LossConfig")
     return torch.stack([getattr(config, name) * value for name, value in terms.items()]).sum()
 
 
-# ------------------------------------------------------------------------------------------------ segmentation
+# ------------------------------------------------------------------------------------------------
+# segmentation
 
 
 def segmentation(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
@@ -77,8 +82,8 @@ def class_loss(
 ) -> Tensor:
     """Weighted cross-entropy over K classes and background, summed over predictions.
 
-    logits   float[L, R, O, K + 1]; labels int64[R, M]; pairs from `match`; unmatched latents want the last column, which
-    weighs `no_object`; the mean divides by the sum of weights, as PyTorch's does
+    logits   float[L, R, O, K + 1]; labels int64[R, M]; pairs from `match`; unmatched latents want the last
+    column, which weighs `no_object`; the mean divides by the sum of weights, as PyTorch's does
     """
     layers, rows, _, columns = logits.shape
     wanted = torch.full(logits.shape[:3], columns - 1, device=logits.device)
@@ -95,8 +100,8 @@ def mask_losses(
 ) -> tuple[Tensor, Tensor]:
     """Point-sampled cross-entropy and dice of the matched masks, summed over masks and predictions.
 
-    logits float[L, R, O, h, w], truth float[R, M, H, W]. Divided by the mean number of target masks over ranks, at least
-    one. Without a match both are zero and connected to the graph.
+    logits float[L, R, O, h, w], truth float[R, M, H, W]. Divided by the mean number of target masks over
+    ranks, at least one. Without a match both are zero and connected to the graph.
     """
     rows = logits.shape[1]
     where = [
@@ -122,7 +127,8 @@ def mask_losses(
 def uncertain_points(logits: Tensor, config: LossConfig) -> Tensor:
     """Where to look at each mask: float[N, 1, h, w] -> float[N, P, 2] in [0, 1].
 
-    Of oversample x P uniform points the importance x P with the smallest |logit|, then fresh uniform ones (PointRend).
+    Of oversample x P uniform points the importance x P with the smallest |logit|, then fresh uniform ones
+    (PointRend).
     """
     count, certain = len(logits), round(config.importance * config.points)
     drawn = torch.rand(count, round(config.oversample * config.points), 2, device=logits.device)
@@ -140,7 +146,8 @@ def _query_text(scene: Scene, initial: Tensor, sentences: Tensor) -> Tensor:
 
 
 def query_text_loss(queries: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
-    """One vector an image: float[R, Q, D] both are flattened, normalised and contrasted over all ranks' images.
+    """One vector an image: float[R, Q, D] both are flattened, normalised and contrasted over all ranks'
+    images.
 
     Cross-entropy of rows plus that of columns, no half (OneFormer, 1.8); zero for a single image in all.
     """
@@ -191,7 +198,9 @@ def pack(phrases: TextFeatures, counts: Sequence[int]) -> tuple[TextFeatures, Te
 
 
 def grounding_loss(logits: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
-    """For every phrase, cross-entropy over the latents: float[L, R, O, M]; mean over phrases, summed over predictions."""
+    """For every phrase, cross-entropy over the latents: float[L, R, O, M]; mean over phrases, summed over
+    predictions.
+    """
     layers, rows = logits.shape[:2]
     terms = []
     for layer in range(layers):
@@ -204,11 +213,14 @@ def grounding_loss(logits: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]
     return torch.stack(terms).sum()
 
 
-# ------------------------------------------------------------------------------------------------ image and text
+# ------------------------------------------------------------------------------------------------ image and
+# text
 
 
 def retrieval(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
-    """Pictures against captions, by the decoder's image query and by the backbone (X-Decoder, 3.7 and 3.8)."""
+    """Pictures against captions, by the decoder's image query and by the backbone (X-Decoder, 3.7 and
+    3.8).
+    """
     outputs = scene.model.ask(scene.pixels, "segmentation", work.images, _tasks(scene, work))
     scale, captions = scene.model.scale(), F.normalize(texts.sentence, dim=-1)
     decoder = torch.stack(
@@ -276,14 +288,15 @@ def answer_logits(
     return model.similarity(model.decoder.class_embed(slot), answers)
 
 
-# ------------------------------------------------------------------------------------------------ over all ranks
+# ------------------------------------------------------------------------------------------------ over all
+# ranks
 
 
 def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of unit float[R, D] pairs over all ranks, the mean of both directions.
 
-    Each rank averages its own rows against everybody's; the gather passes gradients, so averaging them over ranks gives
-    the gradient of the joined batch (the original's is divided by the world size once more).
+    Each rank averages its own rows against everybody's; the gather passes gradients, so averaging them over
+    ranks gives the gradient of the joined batch (the original's is divided by the world size once more).
     """
     everyone_a, everyone_b, first = gather(a), gather(b), _rows_before(len(a), a.device)
     wanted = torch.arange(len(a), device=a.device) + first
@@ -325,7 +338,8 @@ def _rows_before(count: int, device: torch.device) -> int:
     return 0 if _world() == 1 else sum(_counts(count, device)[: dist.get_rank()])
 
 
-# ------------------------------------------------------------------------------------------------ small pieces
+# ------------------------------------------------------------------------------------------------ small
+# pieces
 
 
 def _tasks(scene: Scene, work: Work) -> Tensor:

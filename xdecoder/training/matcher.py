@@ -1,6 +1,7 @@
 """Which query answers for which target: bipartite matching on class and mask costs, at every layer at once.
 
-Letters: `L` predictions (layers + 1), `R` requests, `O` latents, `M` target masks (padded), `P` points, `K` classes.
+Letters: `L` predictions (layers + 1), `R` requests, `O` latents, `M` target masks (padded), `P` points, `K`
+classes.
 """
 
 import logging
@@ -29,7 +30,8 @@ def mask_costs(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """
     count = logits.shape[-1]
     other = truth.transpose(1, 2)
-    # -log p where the target is one, -log (1 - p) where it is zero; divided first so that half precision holds it
+    # -log p where the target is one, -log (1 - p) where it is zero; divided first so that half precision
+    # holds it
     bce = (F.softplus(-logits) / count) @ other + (F.softplus(logits) / count) @ (1 - other)
     p = logits.sigmoid()
     dice = 1 - (2 * (p @ other) + 1) / (p.sum(-1, keepdim=True) + truth.sum(-1)[:, None] + 1)
@@ -37,10 +39,12 @@ def mask_costs(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assign(costs: Tensor, counts: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Hungarian assignment of every problem: float[N, O, M], the first counts[n] columns are real -> (queries, targets).
+    """Hungarian assignment of every problem: float[N, O, M], the first counts[n] columns are real ->
+    (queries, targets).
 
-    All costs cross to the host in one copy. Costs that are not finite become the worst cost there is, so scipy never
-    sees them and such a pair is chosen last. With more targets than queries, the targets left over stay unmatched.
+    All costs cross to the host in one copy. Costs that are not finite become the worst cost there is, so
+    scipy never sees them and such a pair is chosen last. With more targets than queries, the targets left
+    over stay unmatched.
     """
     matrix = costs.detach().float().cpu().numpy()
     bad = ~np.isfinite(matrix)
@@ -66,7 +70,7 @@ def match(
     mask_logits    float[L, R, O, h, w]
     truth          float[R, M, H, W], padded; counts[r] are real
     weights        of class, cross-entropy and dice (2, 5, 5 in Mask2Former)
-    points         uniform random points, drawn once for each request and prediction and shared by all its masks
+    points         uniform random points, drawn once a request and prediction, shared by all its masks
     returns        L * R pairs (queries int64[n], targets int64[n]), requests fastest
     """
     layers, rows = class_costs.shape[:2]

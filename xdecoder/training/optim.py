@@ -10,8 +10,8 @@ from schemas.jobs import OptimConfig
 def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.AdamW:
     """AdamW with a slower backbone and text encoder.
 
-    No decay for norms, embeddings, biases and single vectors; the original's rule misses biases and the text encoder's
-    norms. Each group carries `scale`, its factor on the scheduled rate.
+    No decay for norms, embeddings, biases and single vectors; the original's rule misses biases and the text
+    encoder's norms. Each group carries `scale`, its factor on the scheduled rate.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -32,8 +32,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.AdamW:
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """The base rate of step `step` in [0, steps): linear warm-up, then the schedule.
 
-    multistep drops by 10 at the milestones (fractions of the steps), poly decays with power 0.9 (both of the papers),
-    cosine goes to zero, constant stays.
+    multistep drops by 10 at the milestones (fractions of the steps), poly decays with power 0.9 (both of the
+    papers), cosine goes to zero, constant stays.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

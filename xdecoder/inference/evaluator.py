@@ -1,0 +1,134 @@
+"""A whole evaluation: every task's exam over one dataset version, as a table, as rows per image, and as
+pictures.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from schemas.jobs import EvaluateConfig
+from schemas.masks import Array
+from schemas.records import Sample
+from schemas.tasks import NEEDS, Stream, Task
+from schemas.taxonomy import Taxonomy
+from xdecoder.inference.exams import Sitting
+from xdecoder.inference.metrics import Metric
+from xdecoder.inference.predictor import Predictor
+from xdecoder.tasks import TABLE
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One row of the table; `chance` is None where the metric has no chance level."""
+
+    task: Task
+    metric: str
+    value: float
+    chance: float | None
+    examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Results, and for each task its metric with rows per image; pictures of predictions beside truths."""
+
+    results: tuple[Result, ...]
+    metrics: Mapping[Task, Metric]
+    pictures: tuple[tuple[str, Image.Image], ...] = ()
+
+    def value(self, task: Task, metric: str) -> Result:
+        """One row. Raises `ValueError` that names those there are."""
+        for result in self.results:
+            if (result.task, result.metric) == (task, metric):
+                return result
+        there = sorted(f"{r.task}/{r.metric}" for r in self.results)
+        raise ValueError(f"the evaluation has no {task}/{metric}; it has {there}")
+
+    def save(self, folder: Path) -> None:
+        """Write `results.json` and `rows.npz`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [asdict(result) for result in self.results]
+        (folder / "results.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        arrays = {f"{task}/{name}": a for task, m in self.metrics.items() for name, a in m.export().items()}
+        np.savez_compressed(folder / "rows.npz", **arrays)  # type: ignore[arg-type]
+
+    def gains(self, champion: "Evaluation", task: Task, metric: str, resamples: int, seed: int = 0) -> Array:
+        """Candidate minus champion on `resamples` draws of the same images, float64[resamples].
+
+        Paired bootstrap over images. Raises `ValueError` where the metric cannot be recomputed from rows, or
+        the two did not see the same number of images.
+        """
+        ours, theirs = self.metrics[task], champion.metrics[task]
+        count = _images(ours)
+        if count != _images(theirs):
+            raise ValueError(f"{task}: candidate saw {count} images, champion {_images(theirs)}")
+        if metric not in ours.compute():
+            raise ValueError(f"{task}/{metric} has no rows per image; use one of {sorted(ours.compute())}")
+        rng = np.random.default_rng(seed)
+        draws = (
+            np.bincount(rng.integers(0, count, count), minlength=count).astype(float)
+            for _ in range(resamples)
+        )
+        return np.array([ours.compute(w)[metric] - theirs.compute(w)[metric] for w in draws])
+
+
+def load(folder: Path, empty: Mapping[Task, Metric]) -> Evaluation:
+    """An evaluation that `save` wrote, into metrics that fit it (`empty_metrics`)."""
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    with np.load(folder / "rows.npz") as arrays:
+        for task, metric in empty.items():
+            metric.load({k.partition("/")[2]: arrays[k] for k in arrays.files if k.startswith(f"{task}/")})
+    return Evaluation(results=tuple(Result(**row) for row in rows), metrics=dict(empty))
+
+
+def evaluate(
+    predictor: Predictor,
+    samples: Mapping[Stream, Callable[[], Iterator[Sample]]],
+    config: EvaluateConfig,
+    taxonomy: Taxonomy,
+    progress: Progress,
+) -> Evaluation:
+    """Sit the exams of `config.tasks` that the samples have annotations for.
+
+    samples     for each stream, a function that starts reading its samples anew
+    taxonomy    all classes, with the unseen marked
+    progress    called with task, done, total
+
+    Raises `ValueError` where a wanted task has no sample at all.
+    """
+    results: list[Result] = []
+    metrics: dict[Task, Metric] = {}
+    drawn: list[tuple[str, Image.Image]] = []
+    for task in config.tasks:
+        row = TABLE[task]
+        chosen = [s for s in samples[row.stream]() if getattr(s.meta, NEEDS[task])]
+        if not chosen:
+            raise ValueError(
+                f"task {task!r}: no sample of the split has {NEEDS[task]}; leave it out of evaluate.tasks"
+            )
+
+        def tell(done: int, total: int, task: Task = task) -> None:
+            progress(task, done, total)
+
+        sitting = Sitting(predictor=predictor, config=config, taxonomy=taxonomy, progress=tell)
+        exam = row.exam(sitting, chosen)
+        metrics[task] = exam.metric
+        results += [
+            Result(task=task, metric=name, value=value, chance=exam.chance.get(name), examples=exam.examples)
+            for name, value in exam.scores.items()
+        ]
+        drawn += [(f"{task}-{s.key}", row.picture(sitting, s)) for s in chosen[: config.pictures]]
+    return Evaluation(results=tuple(results), metrics=metrics, pictures=tuple(drawn))
+
+
+def _images(metric: Metric) -> int:
+    arrays = metric.export()
+    return len(arrays.get("rows", arrays.get("truths", ())))

@@ -1,0 +1,54 @@
+"""A finished model on disk: weights as safetensors, and one JSON document. Nothing in it can execute."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+
+from schemas.jobs import ModelConfig
+from schemas.taxonomy import Taxonomy
+from xdecoder.model.xdecoder import XDecoder
+from xdecoder.prompts import Vocabulary
+
+WEIGHTS, CARD = "model.safetensors", "model.json"
+
+
+class ModelCard(BaseModel):
+    """`model.json`: the architecture, the words it was trained with, the sizes it saw in training
+    (pixels).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: int = 1
+    model: ModelConfig
+    taxonomy: Taxonomy
+    answers: tuple[str, ...]
+    image_size: int
+    image_text_size: int
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(taxonomy=self.taxonomy, answers=self.answers)
+
+
+def save_model(model: XDecoder, card: ModelCard, folder: Path) -> None:
+    """Write both files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    (folder / CARD).write_text(card.model_dump_json(indent=1), encoding="utf-8")
+
+
+def load_model(folder: Path, device: str = "cpu") -> tuple[XDecoder, ModelCard]:
+    """A finished model, ready to predict. Raises `ValueError` where the folder holds none."""
+    for name in (CARD, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no model: {name} is missing")
+    try:
+        card = ModelCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise ValueError(f"{folder / CARD}: {error}") from None
+    # the weights come from the file, so none are fetched
+    backbone = card.model.backbone.model_copy(update={"pretrained": False})
+    model = XDecoder(card.model.model_copy(update={"backbone": backbone})).to(device).eval()
+    model.load_state_dict(load_file(folder / WEIGHTS, device=device))
+    return model, card
