@@ -26,8 +26,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-# ---------------------------------------------------------------------------------------------------- the
-# model
+# ------------------------------------------------------------------------------------------- the model
 
 
 class BackboneConfig(Settings):
@@ -54,12 +53,18 @@ class ModelConfig(Settings):
     heads: Positive = 8
     ffn: Positive = 2048
     decoder_layers: Positive = 9
-    encoder_layers: NonNegative = Field(default=6, description="transformer layers of the pixel decoder,
-    coarsest map") latents: Positive = Field(default=100, description="object queries; the image query comes
-    on top") task_tokens: bool = Field(default=True, description="task token, task-guided query initialisation
-    (OneFormer)") init_layers: NonNegative = Field(default=2, description="layers of the task-guided query
-    initialisation") text_contexts: NonNegative = Field(default=16, description="learnable vectors in the
-    query-text list (OneFormer N_ctx)") backbone: BackboneConfig = BackboneConfig()
+    encoder_layers: NonNegative = Field(
+        default=6, description="transformer layers of the pixel decoder, coarsest map"
+    )
+    latents: Positive = Field(default=100, description="object queries; the image query comes on top")
+    task_tokens: bool = Field(
+        default=True, description="task token, task-guided query initialisation (OneFormer)"
+    )
+    init_layers: NonNegative = Field(default=2, description="layers of the task-guided query initialisation")
+    text_contexts: NonNegative = Field(
+        default=16, description="learnable vectors in the query-text list (OneFormer N_ctx)"
+    )
+    backbone: BackboneConfig = BackboneConfig()
     text: TextConfig = TextConfig()
 
     @model_validator(mode="after")
@@ -92,11 +97,12 @@ class LossConfig(Settings):
     points: Positive = Field(default=12544, description="points sampled on each mask")
     oversample: float = Field(default=3.0, ge=1)
     importance: Fraction = 0.75
-    top_layers: Positive = Field(default=3, description="captioning, retrieval, grounding: on this many last
-    layers")
+    top_layers: Positive = Field(
+        default=3, description="captioning, retrieval, grounding: on this many last layers"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------ data
 
 
 class DemoConfig(Settings):
@@ -115,9 +121,7 @@ Format = Literal["coco_panoptic", "refcoco", "captions_tsv", "coco_captions", "v
 
 
 class CorpusConfig(Settings):
-    """One corpus, or one split of it. Which of the paths a format needs stands in its reader
-    (pipelines/corpora).
-    """
+    """One corpus, or one split of it. Its reader (pipelines/corpora) says which paths its format needs."""
 
     name: Name
     format: Format
@@ -128,8 +132,10 @@ class CorpusConfig(Settings):
     labels: str = Field(default="", description="coco_panoptic: folder of the RGB-coded PNGs")
     instances: str = Field(default="", description="refcoco: instances.json")
     questions: str = Field(default="", description="vqa_v2: questions JSON")
-    ref_split: str = Field(default="", description="refcoco: the split inside the pickle; empty takes the
-    split's name") licence: str = ""
+    ref_split: str = Field(
+        default="", description="refcoco: the split inside the pickle; empty takes the split's name"
+    )
+    licence: str = ""
     limit: NonNegative = Field(default=0, description="at most this many images; 0 is all")
 
 
@@ -137,9 +143,10 @@ class BuildConfig(Settings):
     num_workers: Positive = Field(default=2, description="concurrent Ray tasks")
     shard_samples: Positive = 500
     shard_mb: Positive = 256
-    max_reject_share: Fraction = Field(default=0.05, description="above it the build stops and publishes
-    nothing") max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected
-    unread")
+    max_reject_share: Fraction = Field(
+        default=0.05, description="above it the build stops and publishes nothing"
+    )
+    max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected unread")
 
 
 class DatasetRef(Settings):
@@ -147,8 +154,7 @@ class DatasetRef(Settings):
     version: str = Field(default="current", description="a version id or 'current'")
 
 
-# ----------------------------------------------------------------------------------------------------
-# training
+# -------------------------------------------------------------------------------------------- training
 
 
 class BatchConfig(Settings):
@@ -159,8 +165,10 @@ class BatchConfig(Settings):
 
 
 class AugmentConfig(Settings):
-    image_size: Annotated[int, Field(ge=32)] = Field(default=1024, description="square side of the crop,
-    pixels") scale: tuple[float, float] = Field(default=(0.1, 2.0), description="large-scale jitter")
+    image_size: Annotated[int, Field(ge=32)] = Field(
+        default=1024, description="square side of the crop, pixels"
+    )
+    scale: tuple[float, float] = Field(default=(0.1, 2.0), description="large-scale jitter")
     flip: Fraction = 0.5
     image_text_size: Annotated[int, Field(ge=32)] = 224
 
@@ -180,8 +188,10 @@ class TrainConfig(Settings):
     steps: Positive = 1000
     seed: NonNegative = 0
     num_workers: Positive = Field(default=1, description="Ray Train workers (ranks)")
-    cpus_per_worker: NonNegative = Field(default=0, description="0 shares the cluster's CPUs among the
-    workers") use_gpu: bool = False
+    cpus_per_worker: NonNegative = Field(
+        default=0, description="0 shares the cluster's CPUs among the workers"
+    )
+    use_gpu: bool = False
     loader_workers: NonNegative = Field(default=0, description="decoding processes of each rank")
     precision: Literal["fp32", "bf16"] = "fp32"
     tasks: tuple[Task, ...] = TASKS
@@ -214,8 +224,7 @@ class TrainConfig(Settings):
         return self
 
 
-# ----------------------------------------------------------------------------------------------------
-# evaluation
+# ------------------------------------------------------------------------------------------ evaluation
 
 
 class EvaluateConfig(Settings):
@@ -224,9 +233,11 @@ class EvaluateConfig(Settings):
     batch: Positive = 16
     limit: NonNegative = Field(default=0, description="at most this many images per stream; 0 is all")
     image_size: NonNegative = Field(default=0, description="long side the model sees; 0 takes the training's")
-    object_threshold: Fraction = Field(default=0.8, description="panoptic: least class score (Mask2Former on
-    COCO)") overlap_threshold: Fraction = Field(default=0.8, description="panoptic: least visible share of a
-    mask") instances: Positive = Field(default=100, description="instance: kept per image")
+    object_threshold: Fraction = Field(
+        default=0.8, description="panoptic: least class score (Mask2Former on COCO)"
+    )
+    overlap_threshold: Fraction = Field(default=0.8, description="panoptic: least visible share of a mask")
+    instances: Positive = Field(default=100, description="instance: kept per image")
     max_caption_tokens: Positive = 50
     pictures: NonNegative = Field(default=8, description="overlay pictures logged")
 
@@ -248,15 +259,16 @@ class Rule(Settings):
 
 
 class PromoteConfig(Settings):
-    candidate: str = Field(default="latest", description="a version number of the registered model, or
-    'latest'") require: bool = Field(default=False, description="a refusal is a non-zero status")
+    candidate: str = Field(
+        default="latest", description="a version number of the registered model, or 'latest'"
+    )
+    require: bool = Field(default=False, description="a refusal is a non-zero status")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     resamples: Positive = 1000
     rules: tuple[Rule, ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------------- job
-# files
+# ------------------------------------------------------------------------------------------- job files
 
 
 class Job(Settings):
@@ -270,8 +282,10 @@ class RebuildJob(Job):
 
     kind: Literal["rebuild"]
     dataset: Name = "demo"
-    demo: DemoConfig | None = Field(default=None, description="write the demo corpora first; corpora may be
-    empty then") corpora: tuple[CorpusConfig, ...] = ()
+    demo: DemoConfig | None = Field(
+        default=None, description="write the demo corpora first; corpora may be empty then"
+    )
+    corpora: tuple[CorpusConfig, ...] = ()
     build: BuildConfig = BuildConfig()
 
     @model_validator(mode="after")
@@ -288,8 +302,10 @@ class PretrainJob(Job):
     """A dataset version -> a trained, registered model."""
 
     kind: Literal["pretrain"]
-    name: Name = Field(default="demo", description="the run; submitting the same name and settings again
-    resumes it") registered_model: Name = "demo"
+    name: Name = Field(
+        default="demo", description="the run; submitting the same name and settings again resumes it"
+    )
+    registered_model: Name = "demo"
     dataset: DatasetRef = DatasetRef()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -411,8 +427,10 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> dict[str, Any]:
         if name.isdigit():
             continue
         annotation = model.model_fields[name].annotation
-        models = [a for a in (annotation, *_flatten(annotation)) if isinstance(a, type) and issubclass(a,
-        BaseModel)] if not models:
+        models = [
+            a for a in (annotation, *_flatten(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
+        if not models:
             return {}
         model = models[0]
     return dict(model.model_fields)

@@ -38,7 +38,7 @@ def annotation_rle(segmentation: Any, height: int, width: int) -> Rle:
     """A COCO `segmentation` (polygons, uncompressed or compressed RLE) -> run lengths; parts are united, not
     summed.
 
-    Raises `ValueError` where it is none of the three, is empty, or has another size than the image.
+    Raises `ValueError` where it is none of the three, is empty, or does not cover exactly the image.
     """
     if (
         isinstance(segmentation, list)
@@ -50,6 +50,10 @@ def annotation_rle(segmentation: Any, height: int, width: int) -> Rle:
         if tuple(segmentation["size"]) != (height, width):
             raise ValueError(f"run lengths are {segmentation['size']}, the image is {[height, width]}")
         counts = segmentation["counts"]
+        runs = counts if isinstance(counts, list) else _run_lengths(counts)
+        # pycocotools leaves the memory that no run covers as it was
+        if min(runs, default=0) < 0 or sum(runs) != height * width:
+            raise ValueError(f"run lengths cover {sum(runs)} pixels, the image has {height} x {width}")
         if isinstance(counts, list):
             merged = coco_mask.frPyObjects(segmentation, height, width)
         else:
@@ -59,6 +63,28 @@ def annotation_rle(segmentation: Any, height: int, width: int) -> Rle:
             f"segmentation is neither polygons (6 numbers or more each) nor run lengths: {segmentation!r:.80}"
         )
     return Rle(size=(height, width), counts=merged["counts"].decode("ascii"))
+
+
+def _run_lengths(counts: str) -> list[int]:
+    """COCO's text of run lengths as numbers; `ValueError` where it breaks off or has other characters.
+
+    Five bits a character, the sixth announces another one; from the fourth number on it is the difference to the
+    last but one. pycocotools would read on behind a text that breaks off.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for bits in (ord(character) - 48 for character in counts):
+        if not 0 <= bits < 64:
+            raise ValueError(f"{chr(bits + 48)!r} is no character of compressed run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (1 << shift) if bits & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("compressed run lengths break off within a number")
+    return runs
 
 
 def area_and_bbox(mask: Array) -> tuple[int, tuple[int, int, int, int]]:

@@ -169,16 +169,31 @@ class _Layer(nn.Module):
         self.self, self.norm2 = Attention(width, heads), nn.LayerNorm(width)
         self.ffn, self.norm3 = FeedForward(width, ffn), nn.LayerNorm(width)
 
-    def look(self, x: Tensor, position: Tensor, level: Level, images: Tensor, blocked: Tensor) -> Tensor:
-        keys, values = self.cross.project(level.memory + level.positions, level.memory)  # once an image
-        return self.norm1(
-            x
-            + self.cross(x + position, keys.index_select(0, images), values.index_select(0, images), blocked)
-        )
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        level: Level,
+        images: Tensor,
+        outside: Tensor,
+        deaf: Tensor | None = None,
+    ) -> Tensor:
+        """x, position float[R, S, D]; the first n queries look, n being the rows of `outside`.
 
-    def talk(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+        outside bool[R, 1, n, hw] and deaf bool[R or 1, 1, S, S] forbid looking and talking where True
+        """
+        looking = outside.shape[2]
+        seen = self._look(x[:, :looking], position[:, :looking], level, images, outside)
+        return self._talk(torch.cat((seen, x[:, looking:]), 1), position, deaf)
+
+    def _look(self, x: Tensor, position: Tensor, level: Level, images: Tensor, outside: Tensor) -> Tensor:
+        keys, values = self.cross.project(level.memory + level.positions, level.memory)  # once an image
+        rows = (keys.index_select(0, images), values.index_select(0, images))
+        return self.norm1(x + self.cross(x + position, *rows, outside))
+
+    def _talk(self, x: Tensor, position: Tensor, deaf: Tensor | None) -> Tensor:
         placed = x + position
-        x = self.norm2(x + self.self(placed, *self.self.project(placed, x), blocked))
+        x = self.norm2(x + self.self(placed, *self.self.project(placed, x), deaf))
         return self.norm3(x + self.ffn(x))
 
 
@@ -196,10 +211,9 @@ class _QueryInit(nn.Module):
 
     def forward(self, task: Tensor, position: Tensor, level: Level, images: Tensor) -> Tensor:
         x = task[:, None].expand(-1, position.shape[-2], -1)
-        blocked = level.padding[images][:, None, None]
+        outside = level.padding[images][:, None, None].expand(-1, -1, x.shape[1], -1)
         for layer in self.layers:
-            x = layer.look(x, position, level, images, blocked)
-            x = layer.talk(x, position)
+            x = layer(x, position, level, images, outside)
         return x
 
 
@@ -226,16 +240,14 @@ class Decoder(nn.Module):
     def forward(self, pixels: Pixels, request: Request) -> Outputs:
         pattern = PATTERNS[request.pattern]
         x, position, initial = self._queries(request, pattern, pixels.levels[-1])
-        talk_blocked = self._self_mask(pattern, request, x)
-        looking = (
-            x.shape[1] if pattern.looks or request.text is None else x.shape[1] - request.text.tokens.shape[1]
-        )
+        deaf = self._self_mask(pattern, request, x)
+        silent = 0 if pattern.looks or request.text is None else request.text.tokens.shape[1]
+        looking = x.shape[1] - silent
         predictions = [self._predict(x, request)]
         for i, layer in enumerate(self.layers):
             level = pixels.levels[i % len(pixels.levels)]
-            blocked = self._cross_mask(predictions[-1], level, request.images, looking)
-            seen = layer.look(x[:, :looking], position[:, :looking], level, request.images, blocked)
-            x = layer.talk(torch.cat((seen, x[:, looking:]), 1), position, talk_blocked)
+            outside = self._cross_mask(predictions[-1], level, request.images, looking)
+            x = layer(x, position, level, request.images, outside, deaf)
             predictions.append(self._predict(x, request))
         return Outputs(predictions=tuple(predictions), images=request.images, initial=initial)
 
@@ -285,7 +297,8 @@ class Decoder(nn.Module):
     def _kinds(self, size: int) -> list[Kind]:
         head: list[Kind] = ["latent"] * self.latents + ["image"]
         head += ["task"] if self.task_mlp is not None else []
-        return head + ["text"] * (size - len(head))
+        text: list[Kind] = ["text"] * (size - len(head))
+        return head + text
 
     def _self_mask(self, pattern: Pattern, request: Request, x: Tensor) -> Tensor:
         """bool[R or 1, 1, S, S], True where query s may not attend to query s'; every query may attend to

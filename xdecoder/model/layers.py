@@ -46,8 +46,9 @@ class FeedForward(nn.Sequential):
     """Linear, ReLU, linear: float[..., D] -> float[..., D]."""
 
     def __init__(self, width: int, hidden: int) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
-        for linear in (self[0], self[2]):
+        inner, outer = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        super().__init__(inner, nn.ReLU(), outer)
+        for linear in (inner, outer):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 

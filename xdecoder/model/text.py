@@ -33,13 +33,21 @@ class TextFeatures:
 
 
 class _Block(nn.Module):
-    """Pre-norm residual block with QuickGELU, x sigmoid(1.702 x)."""
+    """Pre-norm residual block with QuickGELU, x sigmoid(1.702 x).
 
-    def __init__(self, width: int, heads: int) -> None:
+    Initialised by width and depth, as CLIP is (OneFormer reference, 1.5).
+    """
+
+    def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.fc, self.proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        for linear in (self.attention.query, self.attention.key, self.attention.value):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+        for linear in (self.attention.out, self.proj):
+            nn.init.normal_(linear.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(self.fc.weight, std=(2 * width) ** -0.5)
 
     def forward(self, x: Tensor, blocked: Tensor) -> Tensor:
         h = self.norm1(x)
@@ -58,22 +66,12 @@ class TextEncoder(nn.Module):
         self.context = config.context
         self.token_embedding = nn.Embedding(VOCABULARY_SIZE, width)
         self.positions = nn.Parameter(torch.empty(config.context, width))
-        self.blocks = nn.ModuleList(_Block(width, config.heads) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(_Block(width, config.heads, config.layers) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.project = matrix(width, width)
-        self._initialise(width, config.layers)
-
-    def _initialise(self, width: int, layers: int) -> None:
-        """CLIP's scheme: standard deviations by width and depth (OneFormer reference, 1.5)."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)
         nn.init.normal_(self.project.weight, std=width**-0.5)
-        for block in self.blocks:
-            for linear in (block.attention.query, block.attention.key, block.attention.value):
-                nn.init.normal_(linear.weight, std=width**-0.5)
-            for linear in (block.attention.out, block.proj):
-                nn.init.normal_(linear.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            nn.init.normal_(block.fc.weight, std=(2 * width) ** -0.5)
 
     def forward(self, ids: Tensor) -> TextFeatures:
         if ids.shape[1] > self.context:

@@ -77,8 +77,8 @@ def jittered(sample: Sample, config: AugmentConfig, rng: np.random.Generator) ->
     height, width = sample.image.shape[:2]
     fit = rng.uniform(*config.scale) * side / max(height, width)
     scaled = (max(1, round(height * fit)), max(1, round(width * fit)))
-    corner = tuple(int(rng.integers(0, max(0, s - side) + 1)) for s in scaled)
-    geometry = _Geometry(scaled=scaled, corner=corner, side=side, flip=bool(rng.random() < config.flip))
+    top, left = (int(rng.integers(0, max(0, s - side) + 1)) for s in scaled)
+    geometry = _Geometry(scaled=scaled, corner=(top, left), side=side, flip=bool(rng.random() < config.flip))
     return _view(sample, geometry)
 
 
