@@ -12,10 +12,10 @@ from pipelines.demo_scenes import COLOURS, SHAPES, STUFF, THINGS, Rng, Scene, Th
 
 APART = 0.08  # of the image side: closer centres are neither left nor right of each other
 LARGER = 1.8  # ratio of areas from which one thing is "large" and the other "small"
-# Chosen by us so that a third of all phrases need their relation: the odds of each kind of phrase, and the share
-# of the things told apart without any relation that are referred to at all.
+# Chosen by us so that a third of all phrases need their relation: the odds of each kind of phrase, and the
+# share of the things told apart without any relation that are referred to at all.
 PHRASE_ODDS = {"plain": 1.0, "superlative": 1.0, "relation": 4.0}
-PLAIN_SHARE = 0.35
+PLAIN_SHARE = 0.3
 NUMBERS = ("no", "a", "two", "three", "four")
 
 Relation = Callable[[Thing, Thing], float]  # how far the first is beyond the second, in image sides

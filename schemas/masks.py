@@ -68,8 +68,8 @@ def annotation_rle(segmentation: Any, height: int, width: int) -> Rle:
 def _run_lengths(counts: str) -> list[int]:
     """COCO's text of run lengths as numbers; `ValueError` where it breaks off or has other characters.
 
-    Five bits a character, the sixth announces another one; from the fourth number on it is the difference to the
-    last but one. pycocotools would read on behind a text that breaks off.
+    Five bits a character, the sixth announces another one; from the fourth number on it is the difference to
+    the last but one. pycocotools would read on behind a text that breaks off.
     """
     runs: list[int] = []
     value = shift = 0

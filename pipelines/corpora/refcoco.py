@@ -151,18 +151,12 @@ Run = Annotated[int, Field(ge=0, lt=2**31)]
 
 class _Runs(Entry):
     size: tuple[int, int]
-    counts: list[Run]
-
-
-class _CompressedRuns(Entry):
-    size: tuple[int, int]
-    # the last character must not announce another: pycocotools would read on behind the end
-    counts: Annotated[str, Field(pattern="^[0-o]*[0-O]$")]
+    counts: str | list[Run]
 
 
 class _Instance(Entry):
     image_id: Id
-    segmentation: list[list[Coordinate]] | _Runs | _CompressedRuns
+    segmentation: list[list[Coordinate]] | _Runs
 
 
 class _Sentence(Entry):
