@@ -1,0 +1,97 @@
+"""The connection to Ray: join the cluster of RAY_ADDRESS, else start one here and always stop it."""
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class ClusterError(ValueError):
+    """A cluster that cannot be reached or cannot do what is asked."""
+
+
+@contextmanager
+def session(num_cpus: int | None = None) -> Iterator[None]:
+    """Ray, connected. `num_cpus` bounds a local cluster. A session inside a session is the outer one.
+
+    Raises `ClusterError` where RAY_ADDRESS does not answer.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        _private()
+    import ray  # here, because it reads the environment when it is imported
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        _connect(address, num_cpus)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require(*, workers: int, cpus: float, gpus: float) -> None:
+    """Refuse what the cluster can never place: Ray would wait for it without end.
+
+    Raises `ClusterError` that names what is asked and what there is.
+    """
+    have = resources()
+    asked = {"CPU": workers * cpus, "GPU": workers * gpus}
+    short = [f"{n:g} {name}s of {have.get(name, 0):g}" for name, n in asked.items() if n > have.get(name, 0)]
+    if short:
+        raise ClusterError(
+            f"{workers} worker(s) need {' and '.join(short)} in the cluster; "
+            "lower train.num_workers or train.cpus_per_worker, or add nodes"
+        )
+
+
+def resources() -> dict[str, float]:
+    """What the whole cluster has, e.g. {"CPU": 2.0}."""
+    import ray
+
+    return dict(ray.cluster_resources())
+
+
+def call(function: Callable[..., T], *args: Any, cpus: float, gpus: float = 0) -> T:
+    """Run a function as one Ray task and wait for it. What it raises is raised here as it was."""
+    import ray
+
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus)(function)
+    try:
+        result: T = ray.get(task.remote(*args))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    return result
+
+
+def _private() -> None:
+    # Ray 2.60 arms authentication by default and leaves a token in ~/.ray, which breaks the next `ray job submit`
+    # of this account (401). A token in the environment is used instead of that file and ends with this process.
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def _connect(address: str | None, num_cpus: int | None) -> None:
+    import ray
+
+    if address and address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"RAY_ADDRESS={address} is a job server: use `ray job submit`, or unset RAY_ADDRESS to run here"
+        )
+    try:
+        if address:
+            ray.init(address, logging_level=logging.WARNING)
+        else:
+            ray.init("local", num_cpus=num_cpus, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
+    have = resources()
+    log.info("Ray %s: %g CPUs, %g GPUs", address or "started here", have.get("CPU", 0), have.get("GPU", 0))

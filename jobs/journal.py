@@ -1,0 +1,116 @@
+"""The journal of a training: rank 0 appends a line a logged interval, the driver follows the file.
+
+So no training thread ever waits for a tracker: the file is the buffer, also while MLflow is away, and it stays as
+the loss curve of the run. It lies in the store, which all machines share.
+"""
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+log = logging.getLogger(__name__)
+POLL_S = 1.0
+RETRY_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRow:
+    """Metrics at one step; `time` in seconds since the epoch."""
+
+    step: int
+    time: float
+    metrics: dict[str, float]
+
+
+def append(path: Path, step: int, metrics: dict[str, float]) -> None:
+    """Add one row; readers see whole lines only. Values that are not finite are left out: JSON has no NaN."""
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "time": time.time(), "metrics": finite}) + "\n")
+
+
+def read(path: Path) -> tuple[MetricRow, ...]:
+    """The curve, one row a step, in order. A step that was done again after an interruption counts once."""
+    rows, _ = _read_from(path, 0)
+    latest = {row.step: row for row in rows}
+    return tuple(latest[step] for step in sorted(latest))
+
+
+class Follower:
+    """Follows a journal from a thread of its own while the block runs.
+
+    show     called with every new row
+    deliver  called with the rows not yet delivered; where it raises they are kept and tried again
+    after    the step up to which rows were already delivered by an earlier try
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        show: Callable[[MetricRow], None],
+        deliver: Callable[[Sequence[MetricRow]], None],
+        after: int = 0,
+    ) -> None:
+        self.path, self.show, self.deliver = path, show, deliver
+        self.offset, self.last = 0, after
+        self.pending: list[MetricRow] = []
+        self.retry_at = 0.0
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="journal", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Read to the end and make a last try; what is left undelivered is said, not raised."""
+        self.stopped.set()
+        self.thread.join()
+        self.retry_at = 0.0
+        self._turn()
+        if self.pending:
+            log.error("%d rows of %s were never delivered; the file has them", len(self.pending), self.path)
+
+    def _run(self) -> None:
+        while not self.stopped.wait(POLL_S):
+            self._turn()
+
+    def _turn(self) -> None:
+        rows, self.offset = _read_from(self.path, self.offset)
+        for row in rows:
+            if row.step > self.last:
+                self.last = row.step
+                self.pending.append(row)
+                self.show(row)
+        if self.pending and time.monotonic() >= self.retry_at:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        try:
+            self.deliver(self.pending)
+        except Exception as error:  # whatever it is, it must not end the training
+            self.retry_at = time.monotonic() + RETRY_S
+            log.warning("training goes on; %d rows wait to be delivered: %s", len(self.pending), error)
+        else:
+            self.pending = []
+
+
+def _read_from(path: Path, offset: int) -> tuple[list[MetricRow], int]:
+    """The whole lines after `offset` bytes, and the offset after them."""
+    if not path.is_file():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        whole = file.read().rpartition(b"\n")[0]
+    rows = [MetricRow(**json.loads(line)) for line in whole.splitlines()]
+    return rows, offset + (len(whole) + 1 if whole else 0)

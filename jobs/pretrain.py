@@ -1,0 +1,192 @@
+"""A dataset version -> a trained, evaluated, registered model, with Ray Train.
+
+A run is named by its settings and its data. The same job submitted again goes on where an interruption left it;
+once it has finished, it trains afresh under the next number.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs import cluster, evaluate
+from jobs.console import Outcome, Progress
+from jobs.journal import Follower, MetricRow
+from jobs.store import code_version, digest, read_json, write_json
+from jobs.tracking import ModelVersion, Tracker, connect
+from jobs.worker import Duty, work
+from pipelines.catalog import Catalog, DatasetVersion
+from schemas.jobs import PretrainJob
+from schemas.tasks import NEEDS
+from xdecoder.inference.evaluator import Evaluation, Result
+from xdecoder.prompts import Vocabulary
+from xdecoder.training.trainer import NonFiniteLoss
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training: its folder in the store and its MLflow run. `run.json` in the folder remembers both."""
+
+    folder: Path
+    tracked: str
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    def remember(self, *, finished: bool) -> None:
+        write_json(self.folder / "run.json", {"mlflow_run": self.tracked, "finished": finished})
+
+
+def run(job: PretrainJob, store: Path, source: str) -> Outcome:
+    """Train, evaluate, register. What can be refused is refused before anything starts."""
+    data = Catalog(store, job.dataset.name).open(job.dataset.version)
+    _require_annotations(job, data)
+    tracker = connect(store)
+    with cluster.session():
+        cpus = _cpus_per_worker(job)
+        training = _begin(job, store, source, data, tracker)
+        with tracker.running(training.tracked):
+            _fit(job, store, data, training, tracker, cpus)
+            kept = evaluate.measure(training.model, store, job.dataset.name, data, job.evaluate)
+            results = Evaluation.load(kept).results
+            evaluate.log_results(tracker, training.tracked, results, kept, step=job.train.steps)
+            version = _register(job, source, data, training, tracker, results)
+    training.remember(finished=True)
+    facts = {"run": training.folder.name, "model": version.model, "version": version.version}
+    facts |= {"dataset": f"{job.dataset.name}@{data.id}", "kept in": str(training.folder)}
+    return Outcome(facts=facts, tables={"results": evaluate.rows_of(results)})
+
+
+def _require_annotations(job: PretrainJob, data: DatasetVersion) -> None:
+    """Refuse a task for which the dataset has no training sample."""
+    samples = data.samples.to_pandas()
+    train = samples[samples["split"] == "train"]
+    missing = [task for task in job.train.tasks if not (train[NEEDS[task]] > 0).any()]
+    if missing:
+        needed = sorted({NEEDS[task] for task in missing})
+        raise ValueError(
+            f"dataset {job.dataset.name}@{data.id} has no training sample with {needed} for {missing}; "
+            "leave these out of train.tasks, or add a corpus that has them"
+        )
+
+
+def _cpus_per_worker(job: PretrainJob) -> int:
+    train = job.train
+    share = int(cluster.resources().get("CPU", 0)) // train.num_workers
+    cpus = train.cpus_per_worker or max(1, share)
+    cluster.require(workers=train.num_workers, cpus=cpus, gpus=1 if train.use_gpu else 0)
+    return cpus
+
+
+def _begin(job: PretrainJob, store: Path, source: str, data: DatasetVersion, tracker: Tracker) -> Run:
+    """The unfinished run of these settings and data, reopened, or a new one."""
+    name = f"{job.name}-{digest(job.model, job.train, job.evaluate, job.registered_model, data.id)[:8]}"
+    number = 1
+    while read_json(store / "runs" / f"{name}-{number}" / "run.json").get("finished"):
+        number += 1
+    folder = store / "runs" / f"{name}-{number}"
+    tracked = read_json(folder / "run.json").get("mlflow_run")
+    if tracked and tracker.resume(tracked):
+        log.info("run %s was interrupted and goes on", folder.name)
+    else:
+        again = f"; {number - 1} finished before with the same settings and data" if number > 1 else ""
+        log.info("run %s begins%s", folder.name, again)
+        params = job.model_dump(mode="json")
+        tags = {
+            "job_file": source,
+            "code_version": code_version(),
+            "dataset": f"{job.dataset.name}@{data.id}",
+        }
+        tracked = tracker.start(job.registered_model, folder.name, params, tags)
+        tracker.log_dataset(tracked, name=job.dataset.name, version=data.id, profile=evaluate.profile(data))
+    training = Run(folder=folder, tracked=tracked)
+    training.remember(finished=False)
+    return training
+
+
+def _fit(
+    job: PretrainJob, store: Path, data: DatasetVersion, training: Run, tracker: Tracker, cpus: int
+) -> None:
+    train = job.train
+    vocabulary = Vocabulary(taxonomy=data.taxonomy(seen_only=True), answers=data.card.answers)
+    duty = Duty(
+        job=job,
+        store=store,
+        version=data.id,
+        vocabulary=vocabulary,
+        cpus=cpus,
+        journal=training.journal,
+        model=training.model,
+    )
+    trainer = TorchTrainer(
+        lambda: work(duty),
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker={"CPU": cpus}
+        ),
+        run_config=RunConfig(
+            name=training.folder.name,
+            storage_path=str(training.folder.parent),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+        ),
+    )
+    with _follow(job, training, tracker):
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            raise _readable(error, training) from error
+
+
+def _readable(error: WorkerGroupError, training: Run) -> Exception:
+    """What the user can mend, without the stacks of all workers; anything else as it is."""
+    for rank, failure in sorted(error.worker_failures.items()):
+        if isinstance(failure, ValueError | NonFiniteLoss):
+            return ValueError(
+                f"training failed on rank {rank}: {failure}\n"
+                f"{training.folder} keeps its checkpoints; the same job submitted again goes on from the last"
+            )
+    return error
+
+
+def _follow(job: PretrainJob, training: Run, tracker: Tracker) -> Follower:
+    progress = Progress("training", job.train.steps, unit="steps")
+
+    def show(row: MetricRow) -> None:
+        loss, waited = row.metrics.get("loss", float("nan")), row.metrics.get("data_wait_s", 0.0)
+        progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s")
+
+    return Follower(
+        training.journal, show=show, deliver=lambda rows: tracker.log_metrics(training.tracked, rows)
+    )
+
+
+def _register(
+    job: PretrainJob,
+    source: str,
+    data: DatasetVersion,
+    training: Run,
+    tracker: Tracker,
+    results: Sequence[Result],
+) -> ModelVersion:
+    """The exported model as the next version, with its lineage."""
+    lineage = {
+        "dataset": f"{job.dataset.name}@{data.id}",
+        "code_version": code_version(),
+        "job_file": source,
+        "run": training.folder.name,
+    }
+    measured = {f"{result.task}.{result.metric}": f"{result.value:.4f}" for result in results}
+    version = tracker.register(training.tracked, job.registered_model, training.model, lineage | measured)
+    log.info("registered %s version %d", version.model, version.version)
+    return version

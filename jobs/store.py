@@ -1,0 +1,88 @@
+"""Where all state lives: which folder that is, files that change at once, digests, locks."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+log = logging.getLogger(__name__)
+HOME = Path("~/.local/share/xdecoder")
+# Ray unpacks what `ray job submit --working-dir` uploads under such a path, and deletes it after the job.
+UPLOADED = "/runtime_resources/working_dir_files/"
+PACKAGES = ("schemas", "pipelines", "xdecoder", "jobs")
+
+
+def resolve(setting: str) -> Path:
+    """The store's absolute folder: XDECODER_STORE, else the job file's, relative to the working directory.
+
+    Inside a working directory that Ray uploaded, and will delete, a relative store goes to
+    `~/.local/share/xdecoder`. Raises `ValueError` for a URI.
+    """
+    chosen = os.environ.get("XDECODER_STORE") or setting
+    if "://" in chosen:
+        raise ValueError(
+            f"store {chosen!r}: give a folder; several machines need one on a shared file system"
+        )
+    path = Path(chosen).expanduser()
+    if not path.is_absolute() and UPLOADED in f"{Path.cwd().as_posix()}/":
+        path = HOME.expanduser() / path
+        log.info(
+            "the working directory is a temporary upload, so the store is %s (XDECODER_STORE changes it)",
+            path,
+        )
+    return path.resolve()
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits of pydantic models or plain JSON values; equal content, equal digest."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_files(folder: Path, pattern: str = "*") -> str:
+    """16 hex digits of the names and bytes of the files under a folder."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob(pattern) if p.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def code_version() -> str:
+    """16 hex digits of the source of our packages, the same in a checkout, an upload and an installation."""
+    root = Path(__file__).resolve().parents[1]
+    return digest([digest_files(root / package, "*.py") for package in PACKAGES])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON document, or {} where there is no such file."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replace a JSON file in one step: readers see the old or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+@contextmanager
+def promotion_lock(store: Path, model: str) -> Iterator[None]:
+    """One promotion of a model at a time; others wait. The system frees the lock when the process ends."""
+    path = store / "locks" / f"promote-{model}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
