@@ -295,10 +295,15 @@ class Decoder(nn.Module):
         return content, position, initial
 
     def _kinds(self, size: int) -> list[Kind]:
-        head: list[Kind] = ["latent"] * self.latents + ["image"]
-        head += ["task"] if self.task_mlp is not None else []
-        text: list[Kind] = ["text"] * (size - len(head))
-        return head + text
+        task = int(self.task_mlp is not None)
+        text = size - self.latents - 1 - task
+        counts: list[tuple[Kind, int]] = [
+            ("latent", self.latents),
+            ("image", 1),
+            ("task", task),
+            ("text", text),
+        ]
+        return [kind for kind, count in counts for _ in range(count)]
 
     def _self_mask(self, pattern: Pattern, request: Request, x: Tensor) -> Tensor:
         """bool[R or 1, 1, S, S], True where query s may not attend to query s'; every query may attend to
