@@ -75,7 +75,7 @@ def training_stream(
     pipeline = wds.DataPipeline(requests, partial(_fetch, index), partial(_collate, make_batch))
     batches: Iterable[_Drawn[T]] = pipeline
     if workers:
-        # its own generator, because a loader otherwise draws its seed from the one that the training draws from
+        # a loader without its own generator would draw its seed from the one that the training uses
         own = torch.Generator()
         batches = wds.WebLoader(pipeline, batch_size=None, num_workers=workers, generator=own)
     return _without_corrupt(batches, stream, max_corrupt)

@@ -1,0 +1,172 @@
+"""Laws of the catalog: a version is whole or absent, damage is noticed, and rolling back can be undone."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipelines.catalog import Catalog, CatalogError, DatasetVersion, content_id
+from pipelines.demo import UNSEEN
+from pipelines.sheet import write_sheet
+from pipelines.stream import read_samples
+from schemas.records import MANIFEST, REJECTS, SAMPLES
+from schemas.taxonomy import Category, Taxonomy
+
+
+@pytest.fixture
+def catalog(demo_dataset: DatasetVersion, tmp_path: Path) -> Catalog:
+    """A catalog of one's own with the demo version in it."""
+    shutil.copytree(demo_dataset.shards_root.parents[2], tmp_path / "store")
+    return Catalog(tmp_path / "store", "demo")
+
+
+def publish_changed(catalog: Catalog, answer: str) -> str:
+    """Publish a version that differs from the current one in its answers, and forgets its first sample."""
+    base = catalog.open()
+    samples = base.samples.slice(1)
+    card = base.card.model_copy(update={"answers": (answer,)})
+    card = card.model_copy(update={"version": content_id(card, base.manifest, samples, base.rejects)})
+    assert catalog.publish(card, base.manifest, samples, base.rejects)
+    return card.version
+
+
+def test_what_was_published_is_opened(catalog: Catalog, demo_dataset: DatasetVersion) -> None:
+    assert catalog.versions() == (demo_dataset.id,)
+    assert catalog.current() == demo_dataset.id
+    for opened in (catalog.open(), catalog.open(demo_dataset.id)):
+        assert opened.card == demo_dataset.card
+        assert opened.samples.equals(demo_dataset.samples)
+        assert opened.samples["key"].to_pylist() == sorted(opened.samples["key"].to_pylist())
+
+
+def test_a_whole_version_verifies(demo_dataset: DatasetVersion) -> None:
+    assert demo_dataset.verify() == sum(p.stat().st_size for p in demo_dataset.shards_root.glob("*.tar"))
+
+
+@pytest.mark.parametrize("place", [0, 0.5, -1])
+def test_one_flipped_bit_is_found(catalog: Catalog, place: float) -> None:
+    shard = catalog.shards_root / catalog.open().manifest["shard"][1].as_py()
+    data = bytearray(shard.read_bytes())
+    data[int(place * len(data)) if place >= 0 else -1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CatalogError, match=f"{shard.name}: its bytes changed"):
+        catalog.open().verify()
+
+
+def test_every_missing_shard_is_named(catalog: Catalog) -> None:
+    names = catalog.open().manifest["shard"].to_pylist()[:2]
+    for name in names:
+        (catalog.shards_root / name).unlink()
+    with pytest.raises(CatalogError, match=f"(?s){names[0]}.*{names[1]}"):
+        catalog.open().verify()
+
+
+def test_tables_that_were_edited_are_found(demo_dataset: DatasetVersion) -> None:
+    shorter = replace(demo_dataset, samples=demo_dataset.samples.slice(1))
+    card = demo_dataset.card.model_copy(update={"answers": ("yes",)})
+    for edited in (shorter, replace(demo_dataset, card=card)):
+        with pytest.raises(CatalogError, match="not those that were published"):
+            edited.verify()
+
+
+def test_a_rollback_serves_the_version_before_and_can_be_undone(catalog: Catalog) -> None:
+    old = catalog.current()
+    new = publish_changed(catalog, "blue")
+    assert catalog.versions() == (old, new)
+    assert catalog.current() == new
+    assert catalog.rollback() == old == catalog.current()
+    assert catalog.rollback() == new == catalog.current()
+
+
+def test_publishing_what_is_served_changes_nothing(catalog: Catalog) -> None:
+    base = catalog.open()
+    before = {p: p.stat().st_mtime_ns for p in catalog.root.rglob("*")}
+    assert not catalog.publish(base.card, base.manifest, base.samples, base.rejects)
+    assert {p: p.stat().st_mtime_ns for p in catalog.root.rglob("*")} == before
+
+
+def test_a_diff_names_samples_and_shards(catalog: Catalog) -> None:
+    base = catalog.open()
+    new = publish_changed(catalog, "blue")
+    diff = catalog.diff(base.id, "current")
+    assert diff.removed == (base.samples["key"][0].as_py(),)
+    assert diff.added == diff.changed == diff.shards_added == diff.shards_removed == ()
+    assert catalog.diff(new, base.id).added == diff.removed
+
+
+def test_what_is_absent_is_said_with_what_to_do(catalog: Catalog, tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="no dataset 'demo'.*rebuild"):
+        Catalog(tmp_path / "elsewhere", "demo").open()
+    with pytest.raises(CatalogError, match=f"no version 'latest'; it has .*{catalog.current()}"):
+        catalog.open("latest")
+    with pytest.raises(CatalogError, match="no previous version"):
+        catalog.rollback()
+    assert not (tmp_path / "elsewhere").exists(), "asking must not create anything"
+
+
+@pytest.mark.parametrize("file", ["dataset.json", "samples.parquet", "../../current.json"])
+def test_a_damaged_file_of_the_catalog_is_an_error_that_names_it(catalog: Catalog, file: str) -> None:
+    path = (catalog.root / "versions" / str(catalog.current()) / file).resolve()
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(CatalogError, match=str(path if "current" in file else path.parent)):
+        catalog.open()
+
+
+def test_a_half_published_version_is_no_version(catalog: Catalog) -> None:
+    """What a build that was killed between its files leaves."""
+    left = catalog.root / "versions" / ".0123456789abcdef.tmp"
+    left.mkdir()
+    shutil.copy(catalog.root / "versions" / str(catalog.current()) / "samples.parquet", left)
+    assert catalog.versions() == (catalog.current(),)
+
+
+def test_two_builds_of_a_dataset_do_not_overlap(catalog: Catalog) -> None:
+    with catalog.building():
+        with pytest.raises(CatalogError, match="being built by another process"), catalog.building():
+            pass
+        with Catalog(catalog.root.parents[1], "other").building():
+            pass
+    with catalog.building():
+        pass
+
+
+def test_classes_without_a_training_mask_are_unseen(demo_dataset: DatasetVersion) -> None:
+    everything, seen = demo_dataset.taxonomy(), demo_dataset.taxonomy(seen_only=True)
+    assert set(UNSEEN) <= {c.name for c in everything.categories if not c.seen}
+    assert not set(UNSEEN) & set(seen.names)
+    trained = {
+        segment.category
+        for sample in read_samples(demo_dataset, split="train", stream="segmentation")
+        for segment in sample.meta.segments or ()
+    }
+    assert set(seen.names) == trained
+
+
+def test_the_taxonomies_of_several_corpora_are_joined_in_order(demo_dataset: DatasetVersion) -> None:
+    cat, dog, sky = (Category(name=n, isthing=n != "sky", seen=n != "sky") for n in ("cat", "dog", "sky"))
+    first = Taxonomy(name="a", categories=(dog, sky))
+    second = Taxonomy(name="b", categories=(cat, dog, sky.model_copy(update={"seen": True})))
+    card = demo_dataset.card.model_copy(update={"taxonomies": {"a": first, "b": second}})
+    joined = replace(demo_dataset, card=card).taxonomy()
+    assert joined.names == ("dog", "sky", "cat")
+    assert joined.seen().names == joined.names
+    with pytest.raises(CatalogError, match="no classes"):
+        replace(demo_dataset, card=card.model_copy(update={"taxonomies": {}})).taxonomy()
+
+
+def test_the_contact_sheet_shows_every_kind_of_annotation_and_escapes_it(
+    demo_dataset: DatasetVersion, tmp_path: Path
+) -> None:
+    num_shown = write_sheet(demo_dataset, tmp_path / "sheet.html", limit=2)
+    page = (tmp_path / "sheet.html").read_text(encoding="utf-8")
+    assert num_shown == page.count("<figure>") == 8
+    assert "refers: " in page and "caption: " in page and "data:image/png;base64" in page
+    assert "http" not in page and "<script" not in page
+
+
+def test_the_tables_have_their_schemas(demo_dataset: DatasetVersion) -> None:
+    tables = (demo_dataset.manifest, demo_dataset.samples, demo_dataset.rejects)
+    for table, schema in zip(tables, (MANIFEST, SAMPLES, REJECTS), strict=True):
+        assert isinstance(table, pa.Table) and table.schema.equals(schema)
