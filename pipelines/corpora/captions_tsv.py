@@ -27,7 +27,8 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         try:
             name, caption = _pair(line, columns)
             file = data_file(corpus, corpus.images, name, "no-image")
-            captions.setdefault(file, []).append(text(caption))
+            sentence = text(caption)
+            captions.setdefault(file, []).append(sentence)
         except Refusal as refusal:
             yield refuse(corpus, f"line {number}", refusal)
     for file in captions:

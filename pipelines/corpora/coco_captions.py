@@ -6,7 +6,7 @@ Settings used: `images`, `annotations`. Format: https://cocodataset.org/#format-
 from collections.abc import Iterator
 
 from pipelines.corpora.coco_images import CocoImages
-from pipelines.corpora.files import Entry, Id, annotation_file, label, load_json, parse, section, text
+from pipelines.corpora.files import Entry, Id, Text, annotation_file, label, load_json, parse, section, text
 from pipelines.corpora.rows import Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
@@ -66,4 +66,4 @@ def _row(corpus: CorpusConfig, images: CocoImages, image_id: str, captions: list
 class _Caption(Entry):
     id: Id
     image_id: Id
-    caption: str
+    caption: Text

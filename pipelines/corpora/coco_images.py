@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from pipelines.corpora.files import Entry, Id, Pixels, data_file, index, only, parse, section
+from pipelines.corpora.files import Entry, Id, Pixels, Text, data_file, index, only, parse, section
 from pipelines.corpora.rows import Refusal
 from schemas.jobs import CorpusConfig
 
@@ -64,4 +64,4 @@ class _Image(Entry):
 
 
 class _Licence(Entry):
-    name: str
+    name: Text

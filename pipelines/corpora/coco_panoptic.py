@@ -16,6 +16,7 @@ from pipelines.corpora.files import (
     Id,
     annotation_file,
     data_file,
+    id_of,
     index,
     label,
     load_json,
@@ -35,16 +36,16 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     document = load_json(path)
     images = CocoImages(corpus, document, path)
     categories = index(_categories(document, path))
-    done: set[str] = set()
+    done: set[str | None] = set()
     for position, record in enumerate(section(document, "annotations", path)):
         try:
             annotation = parse(_Annotation, record)
             if str(annotation.image_id) in done:
                 raise Refusal("duplicate-id", "the image has an annotation already")
-            done.add(str(annotation.image_id))
             yield _row(corpus, annotation, images, categories)
         except Refusal as refusal:
             yield refuse(corpus, label("image", record, "image_id", position), refusal)
+        done.add(id_of(record, "image_id"))
     for image_id in images.ids():
         if image_id not in done:
             yield refuse(corpus, f"image {image_id}", Refusal("no-labels", "the image has no annotation"))

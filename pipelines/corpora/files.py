@@ -16,7 +16,9 @@ from schemas.jobs import CorpusConfig
 
 MAX_TEXT = 10_000  # characters; chosen by us, far beyond any caption, so that one record cannot fill a memory
 
-Id = int | str
+# the bound also makes pydantic refuse what cannot be encoded, which neither Arrow nor JSON would carry
+Text = Annotated[str, Field(max_length=2**20)]
+Id = int | Text
 Pixels = Annotated[int, Field(gt=0, lt=2**31)]
 
 
@@ -76,18 +78,25 @@ def parse(model: type[AnyEntry], record: Any) -> AnyEntry:
 
 def label(what: str, record: Any, key: str, position: int) -> str:
     """How the rejects table names a record: by its id, or by its place where it has none."""
+    found = id_of(record, key)
+    return f"{what} at position {position}" if found is None else f"{what} {found:.80}"
+
+
+def id_of(record: Any, key: str = "id") -> str | None:
+    """The id of a record as text, so that 12 finds "12"; None where it has none that could be one."""
     value = record.get(key) if isinstance(record, dict) else None
-    # !a: an id may be any text, also one that cannot be encoded
-    return f"{what} {value!a:.80}" if isinstance(value, int | str) else f"{what} at position {position}"
+    if isinstance(value, str):
+        return value if value.isprintable() else None  # a lone surrogate, for one, could not be encoded
+    return str(value) if isinstance(value, int) else None
 
 
 def index(records: Iterable[Any], key: str = "id") -> dict[str, list[Any]]:
-    """Records by the text of their id, so that 12 finds "12"; records without an id are left out."""
+    """Records by their id; records without one are left out."""
     found: dict[str, list[Any]] = {}
     for record in records:
-        value = record.get(key) if isinstance(record, dict) else None
-        if isinstance(value, int | str):
-            found.setdefault(str(value), []).append(record)
+        record_id = id_of(record, key)
+        if record_id is not None:
+            found.setdefault(record_id, []).append(record)
     return found
 
 
@@ -107,7 +116,7 @@ def data_file(corpus: CorpusConfig, folder: str, name: str, missing: Reason) -> 
     Raises `Refusal`: "path" where links or dots lead out of the corpus root, `missing` where no file is.
     """
     try:
-        path = _inside(corpus, f"{folder}/{name}" if folder else name)
+        path = _inside(corpus, folder, name)
         found = path.is_file()
     except (ValueError, OSError) as error:
         raise Refusal("path", f"{name!r:.200} {error}") from None
@@ -128,11 +137,11 @@ def text(value: str) -> str:
     return sentence
 
 
-def _inside(corpus: CorpusConfig, name: str) -> Path:
+def _inside(corpus: CorpusConfig, *parts: str) -> Path:
     """Resolve below the root, following links; `ValueError` where that leads outside."""
     root = Path(corpus.root).resolve()
     try:
-        path = (root / name).resolve()
+        path = root.joinpath(*parts).resolve()
     except RuntimeError:  # Python 3.11 and 3.12 say so of a loop of links
         raise ValueError("is a loop of links") from None
     if not path.is_relative_to(root):

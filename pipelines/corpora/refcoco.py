@@ -15,6 +15,7 @@ from pipelines.corpora.coco_images import CocoImage, CocoImages
 from pipelines.corpora.files import (
     Entry,
     Id,
+    Text,
     annotation_file,
     index,
     label,
@@ -151,7 +152,7 @@ Run = Annotated[int, Field(ge=0, lt=2**31)]
 
 class _Runs(Entry):
     size: tuple[int, int]
-    counts: str | list[Run]
+    counts: Text | list[Run]
 
 
 class _Instance(Entry):
@@ -160,11 +161,12 @@ class _Instance(Entry):
 
 
 class _Sentence(Entry):
-    sent: str
+    sent: Text
 
 
 class _Ref(Entry):
     ref_id: Id
     ann_id: Id
     image_id: Id
+    split: Text
     sentences: tuple[_Sentence, ...] = Field(min_length=1)

@@ -12,8 +12,10 @@ from pydantic import Field
 from pipelines.corpora.files import (
     Entry,
     Id,
+    Text,
     annotation_file,
     data_file,
+    id_of,
     index,
     label,
     load_json,
@@ -39,20 +41,19 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     answered_path = annotation_file(corpus, "annotations")
     answers = index(section(load_json(answered_path), "annotations", answered_path), "question_id")
     by_image: dict[int, list[tuple[str, Question]]] = {}
-    done: set[str] = set()
+    done: set[str | None] = set()
     for position, record in enumerate(section(asked, "questions", questions_path)):
         try:
             entry = parse(_Asked, record)
             if str(entry.question_id) in done:
                 raise Refusal("duplicate-id", "a question with this id was read already")
-            done.add(str(entry.question_id))
-            by_image.setdefault(entry.image_id, []).append(
-                (str(entry.question_id), _question(entry, answers))
-            )
+            question = _question(entry, answers)
+            by_image.setdefault(entry.image_id, []).append((str(entry.question_id), question))
         except Refusal as refusal:
             yield refuse(corpus, label("question", record, "question_id", position), refusal)
+        done.add(id_of(record, "question_id"))
     for unasked in [i for i in answers if i not in done]:
-        yield refuse(corpus, f"question {unasked!a:.80}", Refusal("record", "an answer without a question"))
+        yield refuse(corpus, f"question {unasked:.80}", Refusal("record", "an answer without a question"))
     for image_id, questions in by_image.items():
         try:
             yield _row(corpus, subset, image_id, questions)
@@ -100,14 +101,14 @@ def _image(corpus: CorpusConfig, subset: str, image_id: int) -> tuple[str, str]:
 class _Asked(Entry):
     question_id: Id
     image_id: int = Field(ge=0, lt=10**12)
-    question: str
+    question: Text
 
 
 class _Answer(Entry):
-    answer: str
+    answer: Text
 
 
 class _Answered(Entry):
     image_id: int
-    question_type: str
+    question_type: Text
     answers: tuple[_Answer, ...] = Field(min_length=1)

@@ -1,0 +1,632 @@
+"""Laws of the readers: a record becomes a row or a reject, and nothing in a corpus can run or escape."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines.corpora.readers import READERS, read, taxonomy
+from pipelines.corpora.rows import CorpusError, Row
+from schemas.jobs import CorpusConfig
+from schemas.masks import decode_rle
+from schemas.records import Reject
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+real_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs ../shared/data")
+Document = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------ sound corpora
+
+
+def coco_images() -> list[Document]:
+    return [{"id": i, "file_name": f"{i}.jpg", "height": 8, "width": 8, "license": 1} for i in (1, 2)]
+
+
+def panoptic() -> Document:
+    segment = {"id": 65, "category_id": 7, "iscrowd": 0, "area": 16, "bbox": [0, 0, 4, 4]}
+    stuff = {"id": 300, "category_id": 90, "iscrowd": 0, "area": 48, "bbox": [0, 0, 8, 8]}
+    return {
+        "licenses": [{"id": 1, "name": "CC BY"}],
+        "images": coco_images(),
+        "annotations": [
+            {"image_id": i, "file_name": f"{i}.png", "segments_info": [dict(segment), dict(stuff)]}
+            for i in (1, 2)
+        ],
+        "categories": [
+            {"id": 90, "name": "grass", "isthing": 0},
+            {"id": 7, "name": "dog", "isthing": 1},
+        ],
+    }
+
+
+def instances() -> Document:
+    polygon = [[1, 1, 5, 1, 5, 5, 1, 5]]
+    return {
+        "images": coco_images(),
+        "annotations": [
+            {"id": 10 + i, "image_id": i, "category_id": 7, "segmentation": polygon} for i in (1, 2)
+        ],
+    }
+
+
+def refs() -> list[Document]:
+    return [
+        {
+            "ref_id": i,
+            "ann_id": 10 + i,
+            "image_id": i,
+            "split": "train",
+            "sentences": [{"sent": f"the dog {i}"}],
+        }
+        for i in (1, 2)
+    ]
+
+
+def captions() -> Document:
+    return {
+        "images": coco_images(),
+        "annotations": [
+            {"id": 5, "image_id": 2, "caption": "a cat"},
+            {"id": 6, "image_id": 1, "caption": " a\n dog "},
+            {"id": 7, "image_id": 1, "caption": "the dog"},
+        ],
+    }
+
+
+def questions() -> Document:
+    asked = [{"question_id": i, "image_id": i, "question": f"what is {i}?"} for i in (1, 2)]
+    return {"data_subtype": "train2014", "questions": asked}
+
+
+def answers() -> Document:
+    ten = [{"answer": "dog", "answer_id": i} for i in range(10)]
+    entries = [{"question_id": i, "image_id": i, "question_type": "what is", "answers": ten} for i in (1, 2)]
+    return {"annotations": entries}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with a corpus of each format over the same two images."""
+    folder = tmp_path / "corpus"
+    for images in ("images", "labels"):
+        (folder / images).mkdir(parents=True)
+    for i in (1, 2):
+        for name in (f"{i}.jpg", f"{i:012d}.jpg"):
+            Image.new("RGB", (8, 8)).save(folder / "images" / name)
+        Image.new("RGB", (8, 8)).save(folder / "labels" / f"{i}.png")
+    for name, document in (
+        ("panoptic.json", panoptic()),
+        ("instances.json", instances()),
+        ("captions.json", captions()),
+        ("questions.json", questions()),
+        ("answers.json", answers()),
+    ):
+        write(folder, name, document)
+    (folder / "refs.p").write_bytes(pickle.dumps(refs(), protocol=2))
+    (folder / "captions.tsv").write_bytes(b"image\tcaption\n1.jpg\ta dog\n2.jpg\ta cat\n1.jpg\tthe dog\n")
+    return folder
+
+
+def write(root: Path, name: str, document: Any) -> None:
+    (root / name).write_text(json.dumps(document), encoding="utf-8")
+
+
+FILES: dict[str, dict[str, str]] = {
+    "coco_panoptic": {"annotations": "panoptic.json", "labels": "labels"},
+    "refcoco": {"annotations": "refs.p", "instances": "instances.json"},
+    "captions_tsv": {"annotations": "captions.tsv"},
+    "coco_captions": {"annotations": "captions.json"},
+    "vqa_v2": {"annotations": "answers.json", "questions": "questions.json"},
+}
+
+
+def corpus(root: Path, form: str, **changed: Any) -> CorpusConfig:
+    settings = {"name": "c", "format": form, "split": "train", "root": str(root), "images": "images"}
+    return CorpusConfig.model_validate(settings | FILES[form] | changed)
+
+
+def both(config: CorpusConfig) -> tuple[list[Row], list[Reject]]:
+    items = list(read(config))
+    return [i for i in items if isinstance(i, Row)], [i for i in items if isinstance(i, Reject)]
+
+
+def reasons(config: CorpusConfig) -> dict[str, str]:
+    return {reject.record: reject.reason for reject in both(config)[1]}
+
+
+# ------------------------------------------------------------------------------------------ what is read
+
+
+def test_every_format_has_a_reader() -> None:
+    assert set(READERS) == set(FILES)
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_a_sound_corpus_gives_a_row_an_image_and_no_reject(root: Path, form: str) -> None:
+    rows, rejects = both(corpus(root, form))
+    assert len(rows) == 2 and not rejects
+    for row in rows:
+        assert Path(row.image_path).is_absolute() and Path(row.image_path).is_file()
+        assert (row.corpus, row.split, row.source.corpus) == ("c", "train", "c")
+        assert all((root / file).is_file() for file in row.source.files)
+
+
+def test_limit_counts_images(root: Path) -> None:
+    for form in FILES:
+        assert len(both(corpus(root, form, limit=1))[0]) == 1
+
+
+def test_panoptic_keeps_ids_categories_and_licence(root: Path) -> None:
+    row = both(corpus(root, "coco_panoptic"))[0][0]
+    assert row.segments is not None and row.taxonomy == "c"
+    assert [(s.id, s.category, s.isthing, s.area, s.bbox) for s in row.segments] == [
+        (65, "dog", True, 16, (0, 0, 4, 4)),
+        (300, "grass", False, 48, (0, 0, 8, 8)),
+    ]
+    assert (row.height, row.width, row.source.licence) == (8, 8, "CC BY")
+    assert row.source.files == ("images/1.jpg", "labels/1.png")
+
+
+def test_the_taxonomy_keeps_the_order_of_the_file(root: Path) -> None:
+    found = taxonomy(corpus(root, "coco_panoptic"))
+    assert found and found.names == ("grass", "dog") and found.things == {"dog"}
+    assert taxonomy(corpus(root, "refcoco")) is None
+
+
+def test_refs_carry_their_mask_and_split(root: Path) -> None:
+    row = both(corpus(root, "refcoco"))[0][0]
+    (referring,) = row.referring
+    assert referring.sentences == ("the dog 1",)
+    assert decode_rle(referring.mask).sum() == 16
+    other = corpus(root, "refcoco", split="val")
+    with pytest.raises(CorpusError, match=r"no ref of split 'val'; there are \['train'\]"):
+        both(other)
+    assert len(both(other.model_copy(update={"ref_split": "train"}))[0]) == 2
+
+
+def test_captions_of_an_image_are_gathered_with_single_spaces(root: Path) -> None:
+    assert [row.captions for row in both(corpus(root, "coco_captions"))[0]] == [
+        ("a dog", "the dog"),
+        ("a cat",),
+    ]
+    assert [row.captions for row in both(corpus(root, "captions_tsv"))[0]] == [
+        ("a dog", "the dog"),
+        ("a cat",),
+    ]
+
+
+def test_questions_meet_their_answers_by_id_whatever_the_order(root: Path) -> None:
+    straight = both(corpus(root, "vqa_v2"))[0]
+    write(root, "answers.json", {"annotations": answers()["annotations"][::-1]})
+    assert both(corpus(root, "vqa_v2"))[0] == straight
+    (question,) = straight[0].questions
+    assert (question.question, question.kind) == ("what is 1?", "what is")
+    assert question.answers == ("dog",) * 10
+
+
+def test_vqa_finds_images_named_as_in_2014_and_as_in_2017(root: Path) -> None:
+    plain = root / "images" / "000000000001.jpg"
+    plain.rename(root / "images" / "COCO_train2014_000000000001.jpg")
+    rows, rejects = both(corpus(root, "vqa_v2"))
+    assert [Path(row.image_path).name for row in rows] == [
+        "COCO_train2014_000000000001.jpg",
+        "000000000002.jpg",
+    ]
+    assert not rejects
+
+
+def test_a_tsv_of_windows_reads_the_same(root: Path) -> None:
+    plain = both(corpus(root, "captions_tsv"))
+    path = root / "captions.tsv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert both(corpus(root, "captions_tsv")) == plain
+
+
+# ------------------------------------------------------------------------------------------ whole files
+
+
+@pytest.mark.parametrize("form", FILES)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no file"), (b"\x80\x05garbage", r"."), (b"", r"."), (b"[1, 2]", r"."), (b"{}", r".")],
+)
+def test_an_unusable_file_is_one_clear_error(
+    root: Path, form: str, content: bytes | None, message: str
+) -> None:
+    path = root / FILES[form]["annotations"]
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(CorpusError, match=message) as caught:
+        both(corpus(root, form))
+    assert str(path) in str(caught.value)
+
+
+def test_the_error_of_a_file_says_what_to_do(root: Path) -> None:
+    with pytest.raises(CorpusError, match=r"corpus 'c' \(refcoco, train\): set `instances` to a file below"):
+        both(corpus(root, "refcoco", instances=""))
+    with pytest.raises(CorpusError, match="expected a list 'images', found only .*right kind of file"):
+        both(corpus(root, "coco_captions", annotations="questions.json"))
+    with pytest.raises(CorpusError, match="image<TAB>caption; it is"):
+        both(corpus(root, "captions_tsv", annotations="captions.json"))
+    with pytest.raises(CorpusError, match="annotations '../x.json' leaves the corpus root .*move it below"):
+        both(corpus(root, "coco_captions", annotations="../x.json"))
+
+
+def test_an_empty_corpus_is_an_error(root: Path) -> None:
+    write(root, "panoptic.json", panoptic() | {"images": [], "annotations": []})
+    with pytest.raises(CorpusError, match=r"corpus 'c' \(coco_panoptic, train\) is empty"):
+        both(corpus(root, "coco_panoptic"))
+
+
+def test_a_bad_category_list_is_an_error(root: Path) -> None:
+    dog = {"id": 1, "name": "dog", "isthing": 1}
+    for categories in ([dog, dog | {"id": 2}], [], [{"id": 1, "name": "dog"}]):
+        write(root, "panoptic.json", panoptic() | {"categories": categories})
+        with pytest.raises(CorpusError, match=r"panoptic\.json"):
+            taxonomy(corpus(root, "coco_panoptic"))
+
+
+# ------------------------------------------------------------------------------------------ one record
+
+
+Change = Callable[[Document], Any]
+
+
+def broken(root: Path, form: str, file: str, document: Document, change: Change) -> dict[str, str]:
+    """Rejects after one change to a sound document; the row of the other image must survive."""
+    change(document)
+    write(root, file, document)
+    rows, rejects = both(corpus(root, form))
+    assert len(rows) == 1 and len(rejects) == 1, rejects
+    assert rejects[0].detail
+    return {reject.record: reject.reason for reject in rejects}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d["annotations"][0].pop("segments_info"), "record"),
+        (lambda d: d["annotations"][0].update(segments_info="none"), "record"),
+        (lambda d: d["annotations"][0]["segments_info"][0].update(id=0), "record"),
+        (lambda d: d["annotations"][0]["segments_info"][0].update(id=2**24), "record"),
+        (lambda d: d["annotations"][0]["segments_info"][0].update(area=float("nan")), "record"),
+        (lambda d: d["annotations"][0]["segments_info"][0].update(bbox=[0, 0, 1e300, 1]), "record"),
+        (lambda d: d["annotations"][0]["segments_info"][0].update(id=300), "segmentation"),
+        (lambda d: d["annotations"][0]["segments_info"][0].update(category_id=8), "category"),
+        (lambda d: d["annotations"][0].update(file_name="9.png"), "no-labels"),
+        (lambda d: d["annotations"][0].update(file_name="../../etc/passwd"), "path"),
+        (lambda d: d["images"][0].update(file_name="9.jpg"), "no-image"),
+        (lambda d: d["images"][0].update(file_name="../../secret.jpg"), "path"),
+        (lambda d: d["images"][0].update(file_name="/etc/passwd"), "path"),
+        (lambda d: d["images"][0].update(file_name="a\0b.jpg"), "path"),
+        (lambda d: d["images"][0].update(file_name="x" * 5000), "path"),
+        (lambda d: d["images"][0].update(file_name="\ud800.jpg"), "record"),
+        (lambda d: d["images"][0].update(height="tall"), "record"),
+        (lambda d: d["images"][0].update(height=-8), "record"),
+        (lambda d: d["images"].append(d["images"][0] | {"height": 9}), "duplicate-id"),
+        (lambda d: d["annotations"].pop(0), "no-labels"),
+    ],
+)
+def test_a_broken_panoptic_record_is_a_reject(root: Path, change: Change, reason: str) -> None:
+    assert broken(root, "coco_panoptic", "panoptic.json", panoptic(), change) == {"image 1": reason}
+
+
+@pytest.mark.parametrize("record", [None, 7, [], "x", {"image_id": [1]}, {"image_id": {"a": 1}}])
+def test_a_record_of_another_type_is_a_reject(root: Path, record: Any) -> None:
+    document = panoptic()
+    document["annotations"].append(record)
+    write(root, "panoptic.json", document)
+    assert reasons(corpus(root, "coco_panoptic")) == {"image at position 2": "record"}
+
+
+def test_a_second_annotation_of_an_image_is_a_reject(root: Path) -> None:
+    document = panoptic()
+    document["annotations"].append(document["annotations"][0])
+    write(root, "panoptic.json", document)
+    assert reasons(corpus(root, "coco_panoptic")) == {"image 1": "duplicate-id"}
+    assert len(both(corpus(root, "coco_panoptic"))[0]) == 2
+
+
+def test_links_may_not_lead_out_of_the_root(root: Path) -> None:
+    secret = root.parent / "secret.jpg"
+    Image.new("RGB", (8, 8)).save(secret)
+    (root / "images" / "1.jpg").unlink()
+    (root / "images" / "1.jpg").symlink_to(secret)
+    assert reasons(corpus(root, "coco_panoptic")) == {"image 1": "path"}
+    (root / "images" / "2.jpg").unlink()
+    (root / "images" / "2.jpg").symlink_to(root / "images" / "2.jpg")
+    assert reasons(corpus(root, "coco_panoptic")).keys() == {"image 1", "image 2"}
+
+
+def test_links_within_the_root_are_followed(root: Path) -> None:
+    (root / "images" / "1.jpg").rename(root / "moved.jpg")
+    (root / "images" / "1.jpg").symlink_to(root / "moved.jpg")
+    rows, rejects = both(corpus(root, "coco_panoptic"))
+    assert rows[0].source.files[0] == "moved.jpg" and not rejects
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d["annotations"][0].update(caption=None), "record"),
+        (lambda d: d["annotations"][0].update(caption=" \n"), "text"),
+        (lambda d: d["annotations"][0].update(caption="a\0b"), "text"),
+        (lambda d: d["annotations"][0].update(caption="a" * 20_000), "text"),
+        (lambda d: d["annotations"][0].update(caption="\udcff"), "record"),
+        (lambda d: d["annotations"][0].pop("image_id"), "record"),
+    ],
+)
+def test_a_broken_caption_is_a_reject(root: Path, change: Change, reason: str) -> None:
+    assert broken(root, "coco_captions", "captions.json", captions(), change) == {"caption 5": reason}
+
+
+def test_captions_of_an_unknown_image_are_one_reject(root: Path) -> None:
+    document = captions()
+    document["annotations"].append({"id": 9, "image_id": 77, "caption": "nowhere"})
+    document["annotations"].append({"id": 5, "image_id": 1, "caption": "again"})
+    write(root, "captions.json", document)
+    assert reasons(corpus(root, "coco_captions")) == {"caption 5": "duplicate-id", "image 77": "no-image"}
+
+
+def test_broken_lines_of_a_tsv_are_rejects(root: Path) -> None:
+    lines = [
+        b"1.jpg\tgood",
+        b"1.jpg\t\xff\xfe",
+        b"1.jpg",
+        b"1.jpg\ta\tb",
+        b"9.jpg\tx",
+        b"../../1.jpg\tx",
+        b"2.jpg\t ",
+        b"",
+    ]
+    (root / "captions.tsv").write_bytes(b"image\tcaption\n" + b"\n".join(lines))
+    rows, rejects = both(corpus(root, "captions_tsv"))
+    assert [row.captions for row in rows] == [("good",)]
+    assert [(reject.record, reject.reason) for reject in rejects] == [
+        ("line 3", "text"),
+        ("line 4", "record"),
+        ("line 5", "record"),
+        ("line 6", "no-image"),
+        ("line 7", "path"),
+        ("line 8", "text"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d["annotations"][0].update(answers=[]), "record"),
+        (lambda d: d["annotations"][0].update(answers=[{"answer": 3}]), "record"),
+        (lambda d: d["annotations"][0].update(answers=[{"answer": ""}]), "text"),
+        (lambda d: d["annotations"][0].update(image_id=2), "record"),
+        (lambda d: d["annotations"].append(d["annotations"][0] | {"question_type": "x"}), "duplicate-id"),
+        (lambda d: d["annotations"].pop(0), "record"),
+    ],
+)
+def test_a_broken_answer_is_a_reject(root: Path, change: Change, reason: str) -> None:
+    assert broken(root, "vqa_v2", "answers.json", answers(), change) == {"question 1": reason}
+
+
+@pytest.mark.parametrize(
+    ("change", "record", "reason"),
+    [
+        (lambda d: d["questions"].pop(0), "question 1", "record"),
+        (lambda d: d["questions"][0].update(question=" "), "question 1", "text"),
+        (lambda d: d["questions"][0].update(image_id=-1), "question 1", "record"),
+    ],
+)
+def test_a_broken_question_is_a_reject(root: Path, change: Change, record: str, reason: str) -> None:
+    assert broken(root, "vqa_v2", "questions.json", questions(), change) == {record: reason}
+
+
+def test_the_subset_of_vqa_cannot_lead_out_of_the_root(root: Path) -> None:
+    write(root, "questions.json", questions() | {"data_subtype": "/../../../../../etc/"})
+    (root / "images" / "000000000001.jpg").unlink()
+    assert reasons(corpus(root, "vqa_v2")) == {"image 1": "path"}
+
+
+# ------------------------------------------------------------------------------------------ refcoco
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        (None, "record"),
+        ([], "segmentation"),
+        ([[1, 1, 5, 5]], "segmentation"),
+        ([[1, 1, 5, 1, 5, "x"]], "record"),
+        ([[1, 1, 5, 1, 5, float("inf")]], "record"),
+        ([[1, 1, 1e9, 1, 1e9, 1e9]], "segmentation"),
+        ([[0, 0, 0, 0, 0, 0]], "segmentation"),
+        ({"size": [9, 9], "counts": [0, 81]}, "segmentation"),
+        ({"size": [8, 8], "counts": [64]}, "segmentation"),
+        ({"size": [8, 8], "counts": [0, 60]}, "segmentation"),
+        ({"size": [8, 8], "counts": [0, 2**31 - 1, 70]}, "segmentation"),
+        ({"size": [8, 8], "counts": [-1, 65]}, "record"),
+        ({"size": [8, 8], "counts": ""}, "segmentation"),
+        ({"size": [8, 8], "counts": "0o"}, "segmentation"),
+        ({"size": [8, 8], "counts": "~~"}, "segmentation"),
+        ({"size": [8, 8], "counts": "é"}, "segmentation"),
+    ],
+)
+def test_a_broken_mask_is_a_reject(root: Path, segmentation: Any, reason: str) -> None:
+    def change(document: Document) -> None:
+        document["annotations"][0]["segmentation"] = segmentation
+
+    assert broken(root, "refcoco", "instances.json", instances(), change) == {"ref 1": reason}
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[1, 1, 5, 1, 5, 5, 1, 5]],
+        [[1, 1, 5, 1, 5, 5, 1, 5], [2, 2, 5, 2, 5, 5, 2, 5]],
+        {"size": [8, 8], "counts": [9, 4, 4, 4, 4, 4, 4, 4, 27]},
+        {"size": [8, 8], "counts": "94400000g0"},
+    ],
+)
+def test_all_forms_of_a_mask_are_read(root: Path, segmentation: Any) -> None:
+    document = instances()
+    document["annotations"][0]["segmentation"] = segmentation
+    write(root, "instances.json", document)
+    rows, rejects = both(corpus(root, "refcoco"))
+    assert not rejects
+    mask = decode_rle(rows[0].referring[0].mask)
+    assert mask.sum() == 16 and mask[1:5, 1:5].all()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"ann_id": 99}, "segmentation"),
+        ({"ann_id": 12}, "record"),
+        ({"image_id": 77}, "no-image"),
+        ({"sentences": []}, "record"),
+        ({"sentences": [{"sent": ""}]}, "text"),
+        ({"sentences": [{"sent": 5}]}, "record"),
+        ({"ref_id": 2}, "duplicate-id"),
+        ({"split": None}, "record"),
+    ],
+)
+def test_a_broken_ref_is_a_reject(root: Path, change: Document, reason: str) -> None:
+    good, bad = refs()[1], refs()[0] | change
+    (root / "refs.p").write_bytes(pickle.dumps([good, bad], protocol=2))
+    rows, rejects = both(corpus(root, "refcoco"))
+    assert len(rows) == 1 and [reject.reason for reject in rejects] == [reason]
+
+
+class Executes:
+    """A pickle of it calls os.mkdir with a path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_with_code_is_refused_unexecuted(root: Path, protocol: int) -> None:
+    trap = root / "trapped"
+    (root / "refs.p").write_bytes(pickle.dumps([*refs(), Executes(trap)], protocol=protocol))
+    with pytest.raises(CorpusError, match="not a pickle of plain data.*nothing in a corpus may run"):
+        both(corpus(root, "refcoco"))
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(refs(), protocol=2)[:-20],  # truncated
+        b"\x80\x02]r\xff\xff\xff\x7f.",  # a memo index of two billion: an empty list, not 16 GB
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x0f.",  # a frame of an exabyte
+        b"(lp0\nPsecret\n.",  # a persistent id
+        b"cos\nsystem\n(S'true'\ntR.",
+    ],
+)
+def test_a_malformed_pickle_is_one_error(root: Path, content: bytes) -> None:
+    (root / "refs.p").write_bytes(content)
+    with pytest.raises(CorpusError, match=r"refs\.p"):
+        both(corpus(root, "refcoco"))
+
+
+def test_a_pickle_of_python_2_is_read(root: Path) -> None:
+    content = pickle.dumps(refs(), protocol=2)
+    # Python 2 wrote its texts as byte strings: SHORT_BINSTRING for BINUNICODE
+    old = content.replace(b"X\x09\x00\x00\x00the dog", b"U\x09the dog")
+    assert old != content
+    (root / "refs.p").write_bytes(old)
+    assert [row.referring[0].sentences for row in both(corpus(root, "refcoco"))[0]] == [
+        ("the dog 1",),
+        ("the dog 2",),
+    ]
+    (root / "refs.p").write_bytes(old.replace(b"the dog 2", b"the d\xffg 2"))
+    assert reasons(corpus(root, "refcoco")) == {"ref 2": "record"}
+
+
+# ------------------------------------------------------------------------------------------ real data
+
+
+@real_data
+@pytest.mark.parametrize(
+    ("name", "labels", "images", "segments", "classes"),
+    [
+        ("panoptic_things_derived", "panoptic_things_derived", 105, None, 80),
+        ("panoptic_official", "panoptic_official", 1, None, 133),
+    ],
+)
+def test_real_panoptic(name: str, labels: str, images: int, segments: int | None, classes: int) -> None:
+    config = CorpusConfig(
+        name="coco",
+        format="coco_panoptic",
+        split="train",
+        root=str(SHARED / "data/coco"),
+        images="images",
+        annotations=f"annotations/{name}.json",
+        labels=labels,
+    )
+    rows, rejects = both(config)
+    assert (len(rows), rejects) == (images, [])
+    found = taxonomy(config)
+    assert found and len(found.names) == classes
+    assert {s.category for row in rows for s in row.segments or ()} <= set(found.names)
+
+
+@real_data
+def test_real_microscopy() -> None:
+    config = CorpusConfig(
+        name="nuclei",
+        format="coco_panoptic",
+        split="train",
+        root=str(SHARED / "data/nuclei"),
+        images="images",
+        annotations="panoptic.json",
+        labels="panoptic",
+    )
+    rows, rejects = both(config)
+    assert (len(rows), rejects) == (112, [])
+    assert sum(len(row.segments or ()) for row in rows) == 3912
+
+
+@real_data
+def test_real_captions() -> None:
+    config = CorpusConfig(
+        name="coco",
+        format="coco_captions",
+        split="train",
+        root=str(SHARED / "data/coco"),
+        images="images",
+        annotations="annotations/captions.json",
+    )
+    rows, rejects = both(config)
+    assert (len(rows), rejects) == (124, [])
+    assert all(len(row.captions) == 5 and row.source.licence for row in rows)
+
+
+@real_data
+def test_every_real_instance_can_be_referred_to(tmp_path: Path) -> None:
+    """All official instances, crowds too, in the REFER layout."""
+    coco = SHARED / "data/coco"
+    shutil.copytree(coco / "images", tmp_path / "images")
+    shutil.copy(coco / "annotations/instances.json", tmp_path)
+    official = json.loads((tmp_path / "instances.json").read_text())["annotations"]
+    made = [
+        {
+            "ref_id": i,
+            "ann_id": a["id"],
+            "image_id": a["image_id"],
+            "split": "testA",
+            "sentences": [{"sent": "it"}],
+        }
+        for i, a in enumerate(official)
+    ]
+    (tmp_path / "refs.p").write_bytes(pickle.dumps(made, protocol=2))
+    rows, rejects = both(corpus(tmp_path, "refcoco", ref_split="testA"))
+    assert not rejects and len(rows) == len({a["image_id"] for a in official})
+    assert sum(len(row.referring) for row in rows) == len(official)
