@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written under a temporary name, flushed to disk, then renamed."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ SUFFIX = ".tmp"
 @contextmanager
 def appearing(path: Path) -> Iterator[BinaryIO]:
     """A file to write; it takes its name when the block ends, and leaves no trace when the block raises."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
     try:
         with temporary.open("wb") as file:
             yield file

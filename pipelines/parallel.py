@@ -17,16 +17,17 @@ from ray.exceptions import RayError
 
 from pipelines.curate import Files
 from pipelines.inspection import Facts, facts_by_file, inspect_table
-from pipelines.shards import Receipt, ShardPlan, from_ipc, to_ipc, write
+from pipelines.shards import Receipt, ShardError, ShardPlan, from_ipc, to_ipc, write
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 256  # files an inspecting task sees at most: about a second of decoding, for even progress
 _REPORT_EVERY_S = 5.0
+_OUTCOME = pa.schema({"fault": pa.string(), "receipt": pa.string(), "written": pa.bool_()})
 
 
 class WorkerError(RuntimeError):
-    """A task raised, or its worker died for good: the last line of why."""
+    """A task failed, or its worker died for good; the message says why."""
 
 
 def inspect_files(wanted: Sequence[tuple[str, str]], max_pixels: int, num_workers: int) -> Files:
@@ -68,6 +69,8 @@ def write_shards(
     )
     for table in _results(mapped):
         for row in table.to_pylist():
+            if row["fault"]:
+                raise WorkerError(row["fault"])
             receipt = Receipt.model_validate_json(row["receipt"])
             receipts[receipt.shard] = receipt
             if row["written"]:
@@ -77,11 +80,18 @@ def write_shards(
 
 
 def _write_table(plans: pa.Table, folder: str) -> pa.Table:
-    rows = []
-    for row in plans.to_pylist():
-        receipt, written = write(row["shard"], from_ipc(row["entries"]), Path(folder))
-        rows.append({"receipt": receipt.model_dump_json(), "written": written})
-    return pa.Table.from_pylist(rows)
+    return pa.Table.from_pylist([_write_row(row, Path(folder)) for row in plans.to_pylist()], schema=_OUTCOME)
+
+
+def _write_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        receipt, written = write(row["shard"], from_ipc(row["entries"]), folder)
+    except (
+        OSError,
+        ShardError,
+    ) as error:  # as a row, because of what a task raises Ray keeps only the stack trace
+        return {"fault": f"shard {row['shard']}: {error}", "receipt": "", "written": False}
+    return {"fault": "", "receipt": receipt.model_dump_json(), "written": written}
 
 
 def _dataset(items: list[dict[str, Any]], num_blocks: int) -> ray.data.Dataset:
@@ -98,8 +108,8 @@ def _results(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     except RayError as error:
         cause = getattr(error, "cause", None) or error
-        last = (str(cause).strip().splitlines() or ["no message"])[-1]
-        raise WorkerError(f"{type(cause).__name__}: {last}") from error
+        first = (str(cause).strip().splitlines() or ["no message"])[0]
+        raise WorkerError(f"{type(cause).__name__}: {first}; its log says more") from error
 
 
 class _Progress:
