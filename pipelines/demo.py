@@ -115,18 +115,27 @@ def corpora(root: Path) -> tuple[CorpusConfig, ...]:
 
 def _claim(root: Path, settings: dict[str, Any]) -> bool:
     """True where the finished world is there; else make room for it, removing only what such a world has."""
-    marker = root / MARKER
-    if not marker.is_file() and root.exists() and any(root.iterdir()):
-        raise ValueError(f"{root} holds files that are not a demo world; choose an empty or a new folder")
-    if marker.is_file() and json.loads(marker.read_bytes()) == settings | {"finished": True}:
+    found = _marked(root / MARKER)
+    if found == settings | {"finished": True}:
         return True
+    if found is None and root.exists() and any(root.iterdir()):
+        raise ValueError(f"{root} holds files that are not a demo world; choose an empty or a new folder")
     root.mkdir(parents=True, exist_ok=True)
-    _write_json(marker, settings | {"finished": False})
+    _write_json(root / MARKER, settings | {"finished": False})
     for folder in FOLDERS:
         shutil.rmtree(root / folder, ignore_errors=True)
     for folder in ("annotations", *(f"{f}/{s}" for f in ("images", "pairs") for s in SPLITS), *FOLDERS[2:4]):
         (root / folder).mkdir(parents=True)
     return False
+
+
+def _marked(marker: Path) -> dict[str, Any] | None:
+    """What a marker says; None where there is none, or a file of that name which we did not write."""
+    try:
+        document = json.loads(marker.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) and "world" in document else None
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -76,6 +76,8 @@ def _run_lengths(counts: str) -> list[int]:
     for bits in (ord(character) - 48 for character in counts):
         if not 0 <= bits < 64:
             raise ValueError(f"{chr(bits + 48)!r} is no character of compressed run lengths")
+        if shift > 60:
+            raise ValueError("compressed run lengths hold a number of more than 64 bits")
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:

@@ -453,6 +453,7 @@ def test_the_subset_of_vqa_cannot_lead_out_of_the_root(root: Path) -> None:
         ({"size": [8, 8], "counts": "0o"}, "segmentation"),
         ({"size": [8, 8], "counts": "~~"}, "segmentation"),
         ({"size": [8, 8], "counts": "é"}, "segmentation"),
+        ({"size": [8, 8], "counts": "o" * 500_000}, "segmentation"),
     ],
 )
 def test_a_broken_mask_is_a_reject(root: Path, segmentation: Any, reason: str) -> None:

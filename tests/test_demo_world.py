@@ -88,9 +88,10 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     photo = tmp_path / "images" / "holiday.jpg"
     photo.parent.mkdir()
     photo.write_bytes(b"precious")
+    (tmp_path / MARKER).write_bytes(b"{}")
     with pytest.raises(ValueError, match="not a demo world; choose an empty"):
         write(CONFIG, tmp_path)
-    assert contents(tmp_path) == {"images/holiday.jpg": b"precious"}
+    assert contents(tmp_path) == {"images/holiday.jpg": b"precious", MARKER: b"{}"}
 
 
 # ------------------------------------------------------------------------------------------ agreement
@@ -148,6 +149,19 @@ def test_unseen_classes_have_no_mask_in_training_but_are_named_there(
 
 
 # ------------------------------------------------------------------------------------------ scenes
+
+
+@pytest.mark.parametrize("size", [32, 100, 192])
+def test_a_scene_looks_the_same_at_any_size(size: int) -> None:
+    same = []
+    for i in range(20):
+        scene, usual = (make_scene(np.random.default_rng([3, i]), side) for side in (size, 64))
+        assert scene.image.shape == (size, size, 3) and scene.image.dtype == np.uint8
+        assert {region.mask.shape for region in (*scene.things, *scene.ground)} == {(size, size)}
+        # a thing that just fits at one size may be drawn elsewhere at another
+        pairs = zip(scene.things, usual.things, strict=False)
+        same.append(all(abs(a.mask.mean() - b.mask.mean()) < 0.02 for a, b in pairs))
+    assert np.mean(same) > 0.7
 
 
 def test_masks_never_overlap_and_mostly_cover(scenes: list[Scene]) -> None:

@@ -31,8 +31,8 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             by_image.setdefault(str(caption.image_id), []).append(caption)
         except Refusal as refusal:
             yield refuse(corpus, label("caption", record, "id", position), refusal)
-    known = images.ids()
-    for image_id in [i for i in known if i in by_image] + [i for i in by_image if i not in set(known)]:
+    in_order = [image_id for image_id in images.ids() if image_id in by_image]
+    for image_id in dict.fromkeys([*in_order, *by_image]):
         try:
             yield _row(corpus, images, image_id, by_image[image_id])
         except Refusal as refusal:

@@ -4,8 +4,8 @@ id = R + 256 G + 65536 B, 0 is void. Settings used: `images`, `annotations`, `la
 Format: https://cocodataset.org/#format-data, section 4.
 """
 
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -35,7 +35,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     path = annotation_file(corpus, "annotations")
     document = load_json(path)
     images = CocoImages(corpus, document, path)
-    categories = index(_categories(document, path))
+    categories = index(section(document, "categories", path))
     done: set[str | None] = set()
     for position, record in enumerate(section(document, "annotations", path)):
         try:
@@ -55,7 +55,7 @@ def taxonomy(corpus: CorpusConfig) -> Taxonomy:
     """The `categories` in the order of the file, named after the corpus. Raises `CorpusError`."""
     path = annotation_file(corpus, "annotations")
     try:
-        parsed = [parse(_Category, record) for record in _categories(load_json(path), path)]
+        parsed = [parse(_Category, record) for record in section(load_json(path), "categories", path)]
         categories = tuple(Category(name=c.name, isthing=c.isthing) for c in parsed)
         return Taxonomy(name=corpus.name, categories=categories)
     except Refusal as refusal:
@@ -69,11 +69,9 @@ def _row(
 ) -> Row:
     image = images[annotation.image_id]
     labels_path, labels_file = data_file(corpus, corpus.labels, annotation.file_name, "no-labels")
-    ids = [segment.id for segment in annotation.segments_info]
-    if len(set(ids)) < len(ids):
-        raise Refusal(
-            "segmentation", f"segment ids stand twice: {sorted({i for i in ids if ids.count(i) > 1})}"
-        )
+    ids = Counter(segment.id for segment in annotation.segments_info)
+    if twice := [segment_id for segment_id, count in ids.items() if count > 1]:
+        raise Refusal("segmentation", f"segment ids stand twice: {twice}")
     return Row(
         corpus=corpus.name,
         split=corpus.split,
@@ -101,10 +99,6 @@ def _segment(info: "_SegmentInfo", categories: dict[str, list[Any]]) -> Segment:
         area=round(info.area),
         bbox=(x, y, width, height),
     )
-
-
-def _categories(document: dict[str, Any], path: Path) -> list[Any]:
-    return section(document, "categories", path)
 
 
 Side = Annotated[float, Field(gt=-(2**31), lt=2**31)]

@@ -50,8 +50,10 @@ def load_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `CorpusError` where the file holds anything else."""
     try:
         document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{path}: not valid JSON ({error}); is it whole, and the right file?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorpusError(
+            f"{path}: cannot be read as JSON ({error}); is it whole, and the right file?"
+        ) from None
     if not isinstance(document, dict):
         raise CorpusError(f"{path}: expected a JSON object, found {type(document).__name__}")
     return document

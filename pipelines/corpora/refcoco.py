@@ -99,27 +99,27 @@ def _of_split(refs: list[Any], corpus: CorpusConfig, path: Path) -> list[Any]:
 
 
 def _referring(ref: "_Ref", image: CocoImage, instances: dict[str, list[Any]]) -> Referring:
-    record = only(instances, ref.ann_id, "instance", "segmentation")
-    instance = parse(_Instance, record)
+    instance = parse(_Instance, only(instances, ref.ann_id, "instance", "segmentation"))
     if str(instance.image_id) != str(ref.image_id):
         raise Refusal(
             "record", f"the ref is of image {ref.image_id!r}, its instance of image {instance.image_id!r}"
         )
     return Referring(
         sentences=tuple(text(sentence.sent) for sentence in ref.sentences),
-        mask=_mask(record["segmentation"], instance, image),
+        mask=_mask(instance.segmentation, image),
     )
 
 
-def _mask(segmentation: Any, instance: "_Instance", image: CocoImage) -> Rle:
+def _mask(segmentation: "list[list[float]] | _Runs", image: CocoImage) -> Rle:
     if image.height * image.width > MAX_PIXELS:
         raise Refusal("segmentation", f"the image claims {image.height} x {image.width} pixels")
-    outlines = instance.segmentation if isinstance(instance.segmentation, list) else []
+    outlines = segmentation if isinstance(segmentation, list) else []
     far = 4 * max(image.height, image.width)  # pycocotools allocates by the length of an outline
     if any(abs(number) > far for outline in outlines for number in outline):
         raise Refusal("segmentation", "a polygon lies far outside the image")
     try:
-        rle = annotation_rle(segmentation, image.height, image.width)
+        plain = segmentation.model_dump() if isinstance(segmentation, _Runs) else segmentation
+        rle = annotation_rle(plain, image.height, image.width)
         covered = decode_rle(rle).any()
     except ValueError as error:
         raise Refusal("segmentation", str(error)) from None

@@ -14,6 +14,8 @@ Reason = Literal[
     "record", "path", "no-image", "no-labels", "category", "segmentation", "text", "duplicate-id"
 ]
 
+MAX_DETAIL = 500  # characters; chosen by us, so that a record cannot fill the table of rejects with itself
+
 
 class CorpusError(ValueError):
     """A corpus that cannot be read at all. The message names the file and what to do."""
@@ -59,5 +61,9 @@ class Row:
 def refuse(corpus: CorpusConfig, record: str, refusal: Refusal) -> Reject:
     """The row of the rejects table for a refused record; `record` says which, e.g. "image 397133"."""
     return Reject(
-        corpus=corpus.name, record=record, split=corpus.split, reason=refusal.reason, detail=refusal.detail
+        corpus=corpus.name,
+        record=record,
+        split=corpus.split,
+        reason=refusal.reason,
+        detail=refusal.detail[:MAX_DETAIL],
     )
