@@ -40,10 +40,10 @@ CATEGORY_IDS = {name: 1 + i for i, name in enumerate(THINGS)} | {
 Part = Literal["scenes", "pairs"]
 # Image ids start here, and so does the randomness of a part: no two parts share a scene.
 FIRST_ID: dict[tuple[Part, Split], int] = {
-    ("scenes", "train"): 1_000_000,
-    ("scenes", "val"): 2_000_000,
-    ("pairs", "train"): 3_000_000,
-    ("pairs", "val"): 4_000_000,
+    ("scenes", "train"): 100_000_000,
+    ("scenes", "val"): 200_000_000,
+    ("pairs", "train"): 300_000_000,
+    ("pairs", "val"): 400_000_000,
 }
 
 
@@ -185,7 +185,7 @@ def _write_scenes(
         for position, thing in enumerate(scene.things):
             instance = _instance(thing, image_id, position)
             instances["annotations"].append(instance)
-            refs.extend(_refs(rng, scene, thing, instance, split, len(refs)))
+            refs.extend(_refs(rng, scene, thing, instance, split))
     _write_json(root / f"annotations/panoptic_{split}.json", panoptic)
 
 
@@ -222,20 +222,20 @@ def _extent(mask: Array) -> dict[str, Any]:
 
 
 def _refs(
-    rng: Rng, scene: Scene, thing: Thing, instance: dict[str, Any], split: Split, position: int
+    rng: Rng, scene: Scene, thing: Thing, instance: dict[str, Any], split: Split
 ) -> list[dict[str, Any]]:
     """The entry of a thing in the REFER pickle: none where nothing unambiguous can be said of it."""
     texts = [phrase.text for phrase in phrases(rng, scene, thing)]
     if not texts:
         return []
-    sentence_ids = [3 * position + i for i in range(len(texts))]
+    sentence_ids = [10 * instance["id"] + i for i in range(len(texts))]
     sentences = [
         {"sent_id": sent_id, "sent": text, "raw": text, "tokens": text.split()}
         for sent_id, text in zip(sentence_ids, texts, strict=True)
     ]
     return [
         {
-            "ref_id": position,
+            "ref_id": instance["id"],
             "ann_id": instance["id"],
             "category_id": instance["category_id"],
             "image_id": instance["image_id"],
