@@ -57,7 +57,7 @@ def detokenize(ids: Sequence[int]) -> str:
     for token in ids:
         if token == END:
             break
-        if token not in (START, PAD):
+        if token != START:  # PAD is also the word "!" before another sign
             kept.append(int(token))
     return str(_tokenizer().decode(kept)).strip()
 

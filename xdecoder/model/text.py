@@ -81,7 +81,7 @@ class TextEncoder(nn.Module):
         end = (ids == END).int().argmax(1)  # argmax takes the first
         later = torch.arange(ids.shape[1], device=ids.device) > end[:, None]
         sentence = tokens[torch.arange(len(ids), device=ids.device), end]
-        return TextFeatures(ids=ids, tokens=tokens, sentence=sentence, padding=later | (ids == PAD))
+        return TextFeatures(ids=ids, tokens=tokens, sentence=sentence, padding=later)
 
     def several(self, groups: Sequence[Tensor]) -> list[TextFeatures]:
         """Groups of texts int64[N_i, T_i] in one pass; a text that stands in many groups is still encoded
