@@ -1,10 +1,10 @@
 """The door: `python -m jobs`. It reads the command line, calls, prints; nothing is decided here.
 
-    python -m jobs FILE.yaml [a.b=value ...] [--dry-run]     run a job file, as `ray job submit FILE.yaml` does
+    python -m jobs FILE.yaml [a.b=value ...] [--dry-run]   run a job file, as `ray job submit FILE.yaml` does
     python -m jobs demo DIR | datasets ... | models ... | predict ... | story
 
-What a user can mend is one message on stderr and exit status 2; XDECODER_TRACEBACK=1 shows where it came from.
-A promotion that was required and refused is status 1.
+What a user can mend is one message on stderr and exit status 2; XDECODER_TRACEBACK=1 shows where it came
+from. A promotion that was required and refused is status 1.
 """
 
 import argparse
@@ -16,9 +16,8 @@ from typing import Any
 
 import yaml
 
-from jobs import console, store
-from jobs.console import Outcome
-from schemas.jobs import AnyJob, EvaluateJob, PretrainJob, PromoteJob, RebuildJob, load
+from jobs import cluster, console, dispatch, store
+from schemas.jobs import AnyJob, load
 from schemas.tasks import TASKS
 
 Commands = Any  # argparse does not name the type of its subparsers
@@ -29,6 +28,7 @@ RAW = argparse.RawDescriptionHelpFormatter
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     console.configure()
+    cluster.prepare()
     arguments = _parser().parse_args(_with_command(list(sys.argv[1:] if argv is None else argv)))
     try:
         status: int = arguments.command(arguments)
@@ -45,30 +45,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         console.say(_resolved(job))
         return 0
-    outcome = run(job, store.resolve(job.store), str(arguments.file))
+    outcome = dispatch.run(job, store.resolve(job.store), str(arguments.file))
     console.report(outcome, as_json=arguments.json)
     return 1 if outcome.refused else 0
-
-
-def run(job: AnyJob, root: Path, source: str) -> Outcome:
-    """Run a job in the store `root`; `source` is the file it came from."""
-    match job:
-        case RebuildJob():
-            from jobs import rebuild
-
-            return rebuild.run(job, root, source)
-        case PretrainJob():
-            from jobs import pretrain
-
-            return pretrain.run(job, root, source)
-        case EvaluateJob():
-            from jobs import evaluate
-
-            return evaluate.run(job, root, source)
-        case PromoteJob():
-            from jobs import promote
-
-            return promote.run(job, root, source)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -15,22 +15,36 @@ class ClusterError(ValueError):
     """A cluster that cannot be reached or cannot do what is asked."""
 
 
+def prepare() -> None:
+    """Settle what Ray reads from the environment when it is imported; call it before anything imports Ray.
+
+    Ray 2.60 arms authentication by default and leaves a token in ~/.ray, which breaks the next
+    `ray job submit` of this account (401). A cluster of our own gets a token from the environment instead,
+    which ends with this process.
+    """
+    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # the actors of Ray Train log errors that are none
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # the pace at which Ray Train takes reports; a second one inside it would hold the training up
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+
 @contextmanager
 def session(num_cpus: int | None = None) -> Iterator[None]:
     """Ray, connected. `num_cpus` bounds a local cluster. A session inside a session is the outer one.
 
     Raises `ClusterError` where RAY_ADDRESS does not answer.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        _private()
-    import ray  # here, because it reads the environment when it is imported
+    import ray  # here, because of `prepare`
 
     if ray.is_initialized():
         yield
         return
     try:
-        _connect(address, num_cpus)
+        _connect(os.environ.get("RAY_ADDRESS"), num_cpus)
         yield
     finally:
         ray.shutdown()
@@ -70,15 +84,6 @@ def call(function: Callable[..., T], *args: Any, cpus: float, gpus: float = 0) -
     return result
 
 
-def _private() -> None:
-    # Ray 2.60 arms authentication by default and leaves a token in ~/.ray, which breaks the next `ray job submit`
-    # of this account (401). A token in the environment is used instead of that file and ends with this process.
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-
 def _connect(address: str | None, num_cpus: int | None) -> None:
     import ray
 
@@ -93,5 +98,6 @@ def _connect(address: str | None, num_cpus: int | None) -> None:
             ray.init("local", num_cpus=num_cpus, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our builds speak for themselves
     have = resources()
     log.info("Ray %s: %g CPUs, %g GPUs", address or "started here", have.get("CPU", 0), have.get("GPU", 0))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str = "noth
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a job has to show: a few facts and, under a title each, tables. `refused` asks for a failing status."""
+    """What a job has to show: facts and, under a title each, tables. `refused` asks for a failing status."""
 
     facts: dict[str, Any]
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -79,40 +80,47 @@ def duration(seconds: float) -> str:
 class Progress:
     """How far a long work is: a bar on a terminal, elsewhere a line at most every `every_s` seconds.
 
-    A line states what is done, the rate and the time left. `done` may start above zero (a resumed work).
+    A line states what is done, the rate and the time left, both from what was done since the first update.
     """
 
-    def __init__(self, what: str, total: int, *, unit: str, done: int = 0, every_s: float = 5.0) -> None:
+    def __init__(self, what: str, total: int, *, unit: str, every_s: float = 5.0) -> None:
         self.what, self.total, self.unit, self.every_s = what, total, unit, every_s
-        self.first = self.done = done
-        self.started = self.shown = time.monotonic()
-        self.bar = (
-            tqdm(desc=what, total=total, initial=done, unit=unit, dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
-        )
+        self.first: tuple[int, float] | None = None
+        self.shown = -math.inf
+        self.bar: tqdm[Any] | None = None
 
     def update(self, done: int, note: str = "") -> None:
         """Say that `done` of the total are finished."""
-        advance, self.done = done - self.done, done
+        now = time.monotonic()
+        if self.first is None:
+            self._begin(done, now)
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(advance)
-            return
-        now = time.monotonic()
-        if now - self.shown >= self.every_s or done >= self.total:
+            self.bar.update(done - self.bar.n)
+        elif now - self.shown >= self.every_s or done >= self.total:
             self.shown = now
-            log.info("%s", self._line(now, note))
-
-    def _line(self, now: float, note: str) -> str:
-        rate = (self.done - self.first) / max(now - self.started, 1e-9)
-        left = f"{duration((self.total - self.done) / rate)} left" if rate > 0 else "time left unknown"
-        note = f", {note}" if note else ""
-        return f"{self.what} {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left}{note}"
+            log.info("%s", self._line(done, now, note))
+        if done >= self.total:
+            self.close()
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    def _begin(self, done: int, now: float) -> None:
+        self.first = (done, now)
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                desc=self.what, total=self.total, initial=done, unit=self.unit, dynamic_ncols=True
+            )
+
+    def _line(self, done: int, now: float, note: str) -> str:
+        before, since = self.first or (done, now)
+        parts = [f"{self.what} {done}/{self.total} {self.unit}"]
+        if done > before:
+            rate = (done - before) / max(now - since, 1e-3)
+            parts += [f"{rate:.3g}/s", f"{duration((self.total - done) / rate)} left"]
+        return ", ".join([*parts, note] if note else parts)
 
 
 def _column(name: str, values: Sequence[Any]) -> list[str]:

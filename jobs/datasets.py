@@ -57,7 +57,7 @@ def verify(store: Path, dataset: str, version: str) -> Outcome:
 def diff(store: Path, dataset: str, before: str, after: str) -> Outcome:
     """Which samples and shards differ between two versions."""
     changes = asdict(Catalog(store, dataset).diff(before, after))
-    facts = {"dataset": dataset, "from": before, "to": after}
+    facts: dict[str, Any] = {"dataset": dataset, "from": before, "to": after}
     facts |= {what: len(names) for what, names in changes.items()}
     rows = [{"change": what, "name": name} for what, names in changes.items() for name in names]
     return Outcome(facts=facts, tables={"changes": rows})

@@ -74,7 +74,7 @@ def run(job: EvaluateJob, store: Path, source: str) -> Outcome:
 
 
 def measure(model: Path, store: Path, dataset: str, data: DatasetVersion, config: EvaluateConfig) -> Path:
-    """The folder with the evaluation of an exported model: the one in the store, else a new one made on Ray."""
+    """The folder with the evaluation of an exported model: from the store, else made now, on Ray."""
     import ray
 
     cpus = min(MAX_CPUS, int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])))
@@ -146,5 +146,3 @@ class _Bars:
         if what not in self.bars:
             self.bars[what] = console.Progress(f"evaluate {what}", total, unit="images")
         self.bars[what].update(done)
-        if done >= total:
-            self.bars[what].close()

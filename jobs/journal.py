@@ -1,7 +1,7 @@
 """The journal of a training: rank 0 appends a line a logged interval, the driver follows the file.
 
-So no training thread ever waits for a tracker: the file is the buffer, also while MLflow is away, and it stays as
-the loss curve of the run. It lies in the store, which all machines share.
+So no training thread ever waits for a tracker: the file is the buffer, also while MLflow is away, and it
+stays as the loss curve of the run. It lies in the store, which all machines share.
 """
 
 import json
@@ -46,9 +46,9 @@ def read(path: Path) -> tuple[MetricRow, ...]:
 class Follower:
     """Follows a journal from a thread of its own while the block runs.
 
-    show     called with every new row
-    deliver  called with the rows not yet delivered; where it raises they are kept and tried again
-    after    the step up to which rows were already delivered by an earlier try
+    show     called with every row that is written meanwhile
+    deliver  called with all rows, also those of before an interruption (delivering twice must do no harm);
+             where it raises, the rows are kept and tried again
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class Follower:
         *,
         show: Callable[[MetricRow], None],
         deliver: Callable[[Sequence[MetricRow]], None],
-        after: int = 0,
     ) -> None:
         self.path, self.show, self.deliver = path, show, deliver
-        self.offset, self.last = 0, after
         self.pending: list[MetricRow] = []
+        self.offset = 0
         self.retry_at = 0.0
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="journal", daemon=True)
 
     def __enter__(self) -> Self:
+        self.pending, self.offset = _read_from(self.path, 0)
         self.thread.start()
         return self
 
@@ -87,11 +87,9 @@ class Follower:
 
     def _turn(self) -> None:
         rows, self.offset = _read_from(self.path, self.offset)
+        self.pending += rows
         for row in rows:
-            if row.step > self.last:
-                self.last = row.step
-                self.pending.append(row)
-                self.show(row)
+            self.show(row)
         if self.pending and time.monotonic() >= self.retry_at:
             self._deliver()
 
@@ -112,5 +110,13 @@ def _read_from(path: Path, offset: int) -> tuple[list[MetricRow], int]:
     with path.open("rb") as file:
         file.seek(offset)
         whole = file.read().rpartition(b"\n")[0]
-    rows = [MetricRow(**json.loads(line)) for line in whole.splitlines()]
+    rows = [row for row in map(_row, whole.splitlines()) if row is not None]
     return rows, offset + (len(whole) + 1 if whole else 0)
+
+
+def _row(line: bytes) -> MetricRow | None:
+    try:
+        return MetricRow(**json.loads(line))
+    except (ValueError, TypeError):
+        log.warning("a line of the journal was cut, by a kill presumably: %r", line[:80])
+        return None

@@ -19,7 +19,7 @@ KINDS = {"thing": True, "stuff": False}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked. `texts` are phrases, questions or texts to rank by; `classes` are names between commas."""
+    """What is asked. `texts` are phrases, questions or texts to rank by; `classes` names between commas."""
 
     images: tuple[Picture, ...]
     task: str

@@ -1,7 +1,7 @@
 """A dataset version -> a trained, evaluated, registered model, with Ray Train.
 
-A run is named by its settings and its data. The same job submitted again goes on where an interruption left it;
-once it has finished, it trains afresh under the next number.
+A run is named by its settings and its data. The same job submitted again goes on where an interruption left
+it, also on other machines; once it has finished, it trains afresh under the next number.
 """
 
 import logging
@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs import cluster, evaluate
@@ -19,6 +26,7 @@ from jobs.store import code_version, digest, read_json, write_json
 from jobs.tracking import ModelVersion, Tracker, connect
 from jobs.worker import Duty, work
 from pipelines.catalog import Catalog, DatasetVersion
+from pipelines.stream import StreamError
 from schemas.jobs import PretrainJob
 from schemas.tasks import NEEDS
 from xdecoder.inference.evaluator import Evaluation, Result
@@ -26,14 +34,33 @@ from xdecoder.prompts import Vocabulary
 from xdecoder.training.trainer import NonFiniteLoss
 
 log = logging.getLogger(__name__)
+# Settings that say where and how often, not what is learned: a run may be resumed with others.
+PLACEMENT = {
+    "num_workers",
+    "cpus_per_worker",
+    "use_gpu",
+    "loader_workers",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_failures",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training: its folder in the store and its MLflow run. `run.json` in the folder remembers both."""
+class Training:
+    """One training: what is asked (`source` is the job file), its folder in the store, its MLflow run."""
 
+    job: PretrainJob
+    source: str
+    store: Path
+    data: DatasetVersion
     folder: Path
     tracked: str
+
+    @property
+    def dataset(self) -> str:
+        return f"{self.job.dataset.name}@{self.data.id}"
 
     @property
     def journal(self) -> Path:
@@ -44,6 +71,7 @@ class Run:
         return self.folder / "model"
 
     def remember(self, *, finished: bool) -> None:
+        """`run.json` in the folder is how a later submission knows what to do."""
         write_json(self.folder / "run.json", {"mlflow_run": self.tracked, "finished": finished})
 
 
@@ -56,14 +84,14 @@ def run(job: PretrainJob, store: Path, source: str) -> Outcome:
         cpus = _cpus_per_worker(job)
         training = _begin(job, store, source, data, tracker)
         with tracker.running(training.tracked):
-            _fit(job, store, data, training, tracker, cpus)
+            _fit(training, tracker, cpus)
             kept = evaluate.measure(training.model, store, job.dataset.name, data, job.evaluate)
             results = Evaluation.load(kept).results
             evaluate.log_results(tracker, training.tracked, results, kept, step=job.train.steps)
-            version = _register(job, source, data, training, tracker, results)
+            version = _register(training, tracker, results)
     training.remember(finished=True)
     facts = {"run": training.folder.name, "model": version.model, "version": version.version}
-    facts |= {"dataset": f"{job.dataset.name}@{data.id}", "kept in": str(training.folder)}
+    facts |= {"dataset": training.dataset, "kept in": str(training.folder)}
     return Outcome(facts=facts, tables={"results": evaluate.rows_of(results)})
 
 
@@ -81,6 +109,7 @@ def _require_annotations(job: PretrainJob, data: DatasetVersion) -> None:
 
 
 def _cpus_per_worker(job: PretrainJob) -> int:
+    """Refuse what can never be placed, before a run exists."""
     train = job.train
     share = int(cluster.resources().get("CPU", 0)) // train.num_workers
     cpus = train.cpus_per_worker or max(1, share)
@@ -88,47 +117,65 @@ def _cpus_per_worker(job: PretrainJob) -> int:
     return cpus
 
 
-def _begin(job: PretrainJob, store: Path, source: str, data: DatasetVersion, tracker: Tracker) -> Run:
+def _begin(job: PretrainJob, store: Path, source: str, data: DatasetVersion, tracker: Tracker) -> Training:
     """The unfinished run of these settings and data, reopened, or a new one."""
-    name = f"{job.name}-{digest(job.model, job.train, job.evaluate, job.registered_model, data.id)[:8]}"
-    number = 1
-    while read_json(store / "runs" / f"{name}-{number}" / "run.json").get("finished"):
-        number += 1
-    folder = store / "runs" / f"{name}-{number}"
+    folder = _folder(job, store, data)
     tracked = read_json(folder / "run.json").get("mlflow_run")
     if tracked and tracker.resume(tracked):
         log.info("run %s was interrupted and goes on", folder.name)
     else:
-        again = f"; {number - 1} finished before with the same settings and data" if number > 1 else ""
-        log.info("run %s begins%s", folder.name, again)
-        params = job.model_dump(mode="json")
-        tags = {
-            "job_file": source,
-            "code_version": code_version(),
-            "dataset": f"{job.dataset.name}@{data.id}",
-        }
-        tracked = tracker.start(job.registered_model, folder.name, params, tags)
+        log.info("run %s begins", folder.name)
+        dataset = f"{job.dataset.name}@{data.id}"
+        tags = {"job_file": source, "code_version": code_version(), "dataset": dataset}
+        tracked = tracker.start(job.registered_model, folder.name, job.model_dump(mode="json"), tags)
         tracker.log_dataset(tracked, name=job.dataset.name, version=data.id, profile=evaluate.profile(data))
-    training = Run(folder=folder, tracked=tracked)
+    training = Training(job=job, source=source, store=store, data=data, folder=folder, tracked=tracked)
     training.remember(finished=False)
     return training
 
 
-def _fit(
-    job: PretrainJob, store: Path, data: DatasetVersion, training: Run, tracker: Tracker, cpus: int
-) -> None:
-    train = job.train
-    vocabulary = Vocabulary(taxonomy=data.taxonomy(seen_only=True), answers=data.card.answers)
+def _folder(job: PretrainJob, store: Path, data: DatasetVersion) -> Path:
+    learned = job.train.model_dump(mode="json", exclude=PLACEMENT)
+    name = f"{job.name}-{digest(job.model, learned, job.registered_model, data.id)[:8]}"
+    number = 1
+    while read_json(store / "runs" / f"{name}-{number}" / "run.json").get("finished"):
+        number += 1
+    if number > 1:
+        log.info("%d run(s) with these settings and this data have finished before: a new one", number - 1)
+    return store / "runs" / f"{name}-{number}"
+
+
+def _fit(training: Training, tracker: Tracker, cpus: int) -> None:
+    trainer = _trainer(training, cpus)
+    progress = Progress("training", training.job.train.steps, unit="steps")
+
+    def show(row: MetricRow) -> None:
+        loss, waited = row.metrics.get("loss", float("nan")), row.metrics.get("data_wait_s", 0.0)
+        progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s")
+
+    def deliver(rows: Sequence[MetricRow]) -> None:
+        tracker.log_metrics(training.tracked, rows)
+
+    log.info("training: %d workers of %d CPUs", training.job.train.num_workers, cpus)
+    with Follower(training.journal, show=show, deliver=deliver):
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            raise _readable(error, training) from error
+
+
+def _trainer(training: Training, cpus: int) -> TorchTrainer:
+    job, data, train = training.job, training.data, training.job.train
     duty = Duty(
         job=job,
-        store=store,
+        store=training.store,
         version=data.id,
-        vocabulary=vocabulary,
+        vocabulary=Vocabulary(taxonomy=data.taxonomy(seen_only=True), answers=data.card.answers),
         cpus=cpus,
         journal=training.journal,
         model=training.model,
     )
-    trainer = TorchTrainer(
+    return TorchTrainer(
         lambda: work(duty),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -139,19 +186,15 @@ def _fit(
             storage_path=str(training.folder.parent),
             failure_config=FailureConfig(max_failures=train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _follow(job, training, tracker):
-        try:
-            trainer.fit()
-        except WorkerGroupError as error:
-            raise _readable(error, training) from error
 
 
-def _readable(error: WorkerGroupError, training: Run) -> Exception:
+def _readable(error: WorkerGroupError, training: Training) -> Exception:
     """What the user can mend, without the stacks of all workers; anything else as it is."""
     for rank, failure in sorted(error.worker_failures.items()):
-        if isinstance(failure, ValueError | NonFiniteLoss):
+        if isinstance(failure, ValueError | NonFiniteLoss | StreamError):
             return ValueError(
                 f"training failed on rank {rank}: {failure}\n"
                 f"{training.folder} keeps its checkpoints; the same job submitted again goes on from the last"
@@ -159,34 +202,16 @@ def _readable(error: WorkerGroupError, training: Run) -> Exception:
     return error
 
 
-def _follow(job: PretrainJob, training: Run, tracker: Tracker) -> Follower:
-    progress = Progress("training", job.train.steps, unit="steps")
-
-    def show(row: MetricRow) -> None:
-        loss, waited = row.metrics.get("loss", float("nan")), row.metrics.get("data_wait_s", 0.0)
-        progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s")
-
-    return Follower(
-        training.journal, show=show, deliver=lambda rows: tracker.log_metrics(training.tracked, rows)
-    )
-
-
-def _register(
-    job: PretrainJob,
-    source: str,
-    data: DatasetVersion,
-    training: Run,
-    tracker: Tracker,
-    results: Sequence[Result],
-) -> ModelVersion:
+def _register(training: Training, tracker: Tracker, results: Sequence[Result]) -> ModelVersion:
     """The exported model as the next version, with its lineage."""
     lineage = {
-        "dataset": f"{job.dataset.name}@{data.id}",
+        "dataset": training.dataset,
         "code_version": code_version(),
-        "job_file": source,
+        "job_file": training.source,
         "run": training.folder.name,
     }
     measured = {f"{result.task}.{result.metric}": f"{result.value:.4f}" for result in results}
-    version = tracker.register(training.tracked, job.registered_model, training.model, lineage | measured)
+    name = training.job.registered_model
+    version = tracker.register(training.tracked, name, training.model, lineage | measured)
     log.info("registered %s version %d", version.model, version.version)
     return version

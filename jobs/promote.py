@@ -26,7 +26,7 @@ Gains = Callable[[Task, str], np.ndarray[Any, np.dtype[np.float64]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one rule says. `gain` is candidate minus champion in the metric's unit, None without a champion."""
+    """What one rule says. `gain` is candidate minus champion, in the metric's unit."""
 
     rule: Rule
     candidate: float | None

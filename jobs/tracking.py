@@ -1,7 +1,7 @@
 """The one place that speaks to MLflow: runs with their metrics and files, the registry and its champion.
 
-MLFLOW_TRACKING_URI names the server; without it the store holds an embedded SQLite one. Whatever MLflow refuses
-leaves here as a `TrackingError`, one sentence. No call of this file belongs on a training thread.
+MLFLOW_TRACKING_URI names the server; without it the store holds an embedded SQLite one. Whatever MLflow
+refuses leaves here as a `TrackingError`, one sentence. No call of this file belongs on a training thread.
 """
 
 import functools
@@ -40,8 +40,9 @@ CHAMPION = "champion"
 PREVIOUS = "previous_champion"
 PARAMS_PER_CALL = 100  # MLflow's limit of a batch
 PARAM_LENGTH = 6000  # MLflow's limit of a value
-SERVED = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow", "pydantic", "pyyaml")
-SERVED += ("safetensors", "pyarrow", "pycocotools")
+# What a logged model needs beside MLflow; the versions at hand are written into it.
+SERVED = ["torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow", "pydantic", "pyyaml"]
+SERVED += ["safetensors", "pyarrow", "pycocotools"]
 
 
 class TrackingError(ValueError):
@@ -270,7 +271,7 @@ class Tracker:
 
 
 def connect(store: Path) -> Tracker:
-    """MLflow at MLFLOW_TRACKING_URI, else inside the store. Raises `TrackingError` where it does not answer."""
+    """MLflow at MLFLOW_TRACKING_URI, else inside the store. Raises `TrackingError` where none answers."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
         tracker = Tracker(uri, artifacts=None)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Duty:
-    """What every worker is told: `version` is the dataset version's id, `journal` and `model` are to be written."""
+    """What every worker is told. `version` is a dataset version's id; `journal` and `model` are written."""
 
     job: PretrainJob
     store: Path
@@ -35,7 +35,7 @@ class Duty:
 
 
 def work(duty: Duty) -> None:
-    """Train to the last step, from the newest checkpoint of the run if there is one, then export the model."""
+    """Train to the last step, from the run's newest checkpoint if there is one, then export the model."""
     console.configure()
     torch.set_num_threads(duty.cpus)
     context = ray.train.get_context()
