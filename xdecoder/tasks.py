@@ -16,7 +16,9 @@ from schemas.jobs import ModelConfig, TrainConfig
 from schemas.records import Sample
 from schemas.tasks import Stream, Task
 from xdecoder.inference import exams, gallery
-from xdecoder.inference.exams import Exam, Sitting
+from xdecoder.inference.exams import Exam, Sitting, Subject
+from xdecoder.inference.metrics import MaskAP, MeanIoU, Metric, PanopticQuality, ReferringIoU
+from xdecoder.inference.text_metrics import CaptionScores, RetrievalRecall, VqaAccuracy
 from xdecoder.model.text import TextFeatures
 from xdecoder.prompts import Vocabulary, tokenize
 from xdecoder.training import losses
@@ -55,6 +57,7 @@ class TaskRow:
     targets    the truths of several views -> tensors; tasks with the same function share one decoder pass
     loss       the named terms of such a pass, given the targets' texts, encoded
     exam       how held-out samples are read and scored
+    metric     an empty metric of the exam's kind, to load stored rows into
     picture    one prediction beside its truth
     """
 
@@ -63,6 +66,7 @@ class TaskRow:
     targets: Callable[[Sequence[Any], Sequence[Task], Setting], Targets]
     loss: Callable[[losses.Scene, Work, TextFeatures], losses.Terms]
     exam: Callable[[Sitting, Sequence[Sample]], Exam]
+    metric: Callable[[Subject], Metric]
     picture: Callable[[Sitting, Sample], Image.Image]
 
 
@@ -80,8 +84,9 @@ def _segments(
 
 
 def _phrases(view: View, setting: Setting, rng: np.random.Generator) -> Any:
-    """Up to max_phrases regions that are still in view, one sentence each."""
-    visible = rng.permutation(np.flatnonzero(view.masks.any((1, 2))))[: setting.train.max_phrases]
+    """A random number of the regions that are still in view, at most max_phrases, one sentence each."""
+    count = rng.integers(1, setting.train.max_phrases + 1)
+    visible = rng.permutation(np.flatnonzero(view.masks.any((1, 2))))[:count]
     if not len(visible):
         return None
     return view.masks[visible], [str(rng.choice(view.sentences[i])) for i in visible]
@@ -138,16 +143,19 @@ TABLE: Mapping[Task, TaskRow] = {
     "semantic": _masked(
         truth=partial(_segments, merge_things=True, keep_stuff=True),
         exam=exams.semantic,
+        metric=lambda subject: MeanIoU(subject.taxonomy.seen()),
         picture=gallery.semantic,
     ),
     "instance": _masked(
         truth=partial(_segments, merge_things=False, keep_stuff=False),
         exam=exams.instance,
+        metric=lambda subject: MaskAP(subject.taxonomy.seen()),
         picture=gallery.instance,
     ),
     "panoptic": _masked(
         truth=partial(_segments, merge_things=False, keep_stuff=True),
         exam=exams.panoptic,
+        metric=lambda subject: PanopticQuality(subject.taxonomy.seen()),
         picture=gallery.panoptic,
     ),
     "referring": TaskRow(
@@ -156,6 +164,7 @@ TABLE: Mapping[Task, TaskRow] = {
         targets=_phrase_targets,
         loss=losses.referring,
         exam=exams.referring,
+        metric=lambda subject: ReferringIoU(),
         picture=gallery.referring,
     ),
     "retrieval": TaskRow(
@@ -164,6 +173,7 @@ TABLE: Mapping[Task, TaskRow] = {
         targets=_caption_targets,
         loss=losses.retrieval,
         exam=exams.retrieval,
+        metric=lambda subject: RetrievalRecall(),
         picture=gallery.retrieval,
     ),
     "captioning": TaskRow(
@@ -172,6 +182,7 @@ TABLE: Mapping[Task, TaskRow] = {
         targets=_caption_targets,
         loss=losses.captioning,
         exam=exams.captioning,
+        metric=lambda subject: CaptionScores(sorted(subject.taxonomy.things)),
         picture=gallery.captioning,
     ),
     "vqa": TaskRow(
@@ -180,6 +191,7 @@ TABLE: Mapping[Task, TaskRow] = {
         targets=_answer_targets,
         loss=losses.vqa,
         exam=exams.vqa,
+        metric=lambda subject: VqaAccuracy(subject.kinds),
         picture=gallery.vqa,
     ),
 }

@@ -16,12 +16,13 @@ from schemas.masks import Array
 from schemas.records import Sample
 from schemas.tasks import NEEDS, Stream, Task
 from schemas.taxonomy import Taxonomy
-from xdecoder.inference.exams import Sitting
+from xdecoder.inference.exams import Sitting, Subject
 from xdecoder.inference.metrics import Metric
 from xdecoder.inference.predictor import Predictor
 from xdecoder.tasks import TABLE
 
 log = logging.getLogger(__name__)
+DOCUMENT, ROWS = "evaluation.json", "rows.npz"
 Progress = Callable[[str, int, int], None]
 
 
@@ -42,6 +43,7 @@ class Evaluation:
 
     results: tuple[Result, ...]
     metrics: Mapping[Task, Metric]
+    subject: Subject
     pictures: tuple[tuple[str, Image.Image], ...] = ()
 
     def value(self, task: Task, metric: str) -> Result:
@@ -53,12 +55,35 @@ class Evaluation:
         raise ValueError(f"the evaluation has no {task}/{metric}; it has {there}")
 
     def save(self, folder: Path) -> None:
-        """Write `results.json` and `rows.npz`."""
+        """Write `evaluation.json` and `rows.npz`."""
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(result) for result in self.results]
-        (folder / "results.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        document = {
+            "results": [asdict(result) for result in self.results],
+            "taxonomy": self.subject.taxonomy.model_dump(mode="json"),
+            "kinds": self.subject.kinds,
+        }
+        (folder / DOCUMENT).write_text(json.dumps(document, indent=1), encoding="utf-8")
         arrays = {f"{task}/{name}": a for task, m in self.metrics.items() for name, a in m.export().items()}
-        np.savez_compressed(folder / "rows.npz", **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(folder / ROWS, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Evaluation":
+        """An evaluation that `save` wrote, without its pictures. Raises `ValueError` where there is none."""
+        if not (folder / DOCUMENT).is_file():
+            raise ValueError(f"{folder} holds no evaluation: {DOCUMENT} is missing")
+        document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
+        taxonomy = Taxonomy.model_validate(document["taxonomy"])
+        subject = Subject(taxonomy=taxonomy, kinds=tuple(document["kinds"]))
+        results = tuple(Result(**row) for row in document["results"])
+        metrics: dict[Task, Metric] = {
+            task: TABLE[task].metric(subject) for task in {r.task for r in results}
+        }
+        with np.load(folder / ROWS) as arrays:
+            for task, metric in metrics.items():
+                metric.load(
+                    {k.partition("/")[2]: arrays[k] for k in arrays.files if k.startswith(f"{task}/")}
+                )
+        return cls(results=results, metrics=metrics, subject=subject)
 
     def gains(self, champion: "Evaluation", task: Task, metric: str, resamples: int, seed: int = 0) -> Array:
         """Candidate minus champion on `resamples` draws of the same images, float64[resamples].
@@ -80,15 +105,6 @@ class Evaluation:
         return np.array([ours.compute(w)[metric] - theirs.compute(w)[metric] for w in draws])
 
 
-def load(folder: Path, empty: Mapping[Task, Metric]) -> Evaluation:
-    """An evaluation that `save` wrote, into metrics that fit it (`empty_metrics`)."""
-    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    with np.load(folder / "rows.npz") as arrays:
-        for task, metric in empty.items():
-            metric.load({k.partition("/")[2]: arrays[k] for k in arrays.files if k.startswith(f"{task}/")})
-    return Evaluation(results=tuple(Result(**row) for row in rows), metrics=dict(empty))
-
-
 def evaluate(
     predictor: Predictor,
     samples: Mapping[Stream, Callable[[], Iterator[Sample]]],
@@ -107,6 +123,7 @@ def evaluate(
     results: list[Result] = []
     metrics: dict[Task, Metric] = {}
     drawn: list[tuple[str, Image.Image]] = []
+    subject = Subject(taxonomy=taxonomy, kinds=_kinds(samples, config))
     for task in config.tasks:
         row = TABLE[task]
         chosen = [s for s in samples[row.stream]() if getattr(s.meta, NEEDS[task])]
@@ -118,7 +135,7 @@ def evaluate(
         def tell(done: int, total: int, task: Task = task) -> None:
             progress(task, done, total)
 
-        sitting = Sitting(predictor=predictor, config=config, taxonomy=taxonomy, progress=tell)
+        sitting = Sitting(predictor=predictor, config=config, subject=subject, progress=tell)
         exam = row.exam(sitting, chosen)
         metrics[task] = exam.metric
         results += [
@@ -126,7 +143,16 @@ def evaluate(
             for name, value in exam.scores.items()
         ]
         drawn += [(f"{task}-{s.key}", row.picture(sitting, s)) for s in chosen[: config.pictures]]
-    return Evaluation(results=tuple(results), metrics=metrics, pictures=tuple(drawn))
+    return Evaluation(results=tuple(results), metrics=metrics, subject=subject, pictures=tuple(drawn))
+
+
+def _kinds(
+    samples: Mapping[Stream, Callable[[], Iterator[Sample]]], config: EvaluateConfig
+) -> tuple[str, ...]:
+    if "vqa" not in config.tasks:
+        return ()
+    asked = (q for sample in samples[TABLE["vqa"].stream]() for q in sample.meta.questions)
+    return tuple(sorted({question.kind for question in asked}))
 
 
 def _images(metric: Metric) -> int:

@@ -46,13 +46,25 @@ class Exam:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a metric is made of: all classes with the unseen marked, and the kinds of question asked."""
+
+    taxonomy: Taxonomy
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sitting:
-    """What every exam is given: the model, the rules, all classes, and how to tell progress."""
+    """What every exam is given: the model, the rules, the subject, and how to tell progress."""
 
     predictor: Predictor
     config: EvaluateConfig
-    taxonomy: Taxonomy
+    subject: Subject
     progress: Callable[[int, int], None]
+
+    @property
+    def taxonomy(self) -> Taxonomy:
+        return self.subject.taxonomy
 
     def batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
         step = self.config.batch
@@ -153,7 +165,7 @@ def instance(sitting: Sitting, samples: Sequence[Sample]) -> Exam:
 
 
 def referring(sitting: Sitting, samples: Sequence[Sample]) -> Exam:
-    """Every sentence of every referred region, all of an image at once."""
+    """Every sentence of every referred region."""
     metric = ReferringIoU()
     for done, sample in enumerate(samples, 1):
         pairs = [(s, decode_rle(r.mask)) for r in sample.meta.referring for s in r.sentences]
@@ -201,7 +213,7 @@ def captioning(sitting: Sitting, samples: Sequence[Sample]) -> Exam:
 
 def vqa(sitting: Sitting, samples: Sequence[Sample]) -> Exam:
     """VQA accuracy, overall and by kind of question."""
-    metric = VqaAccuracy(sorted({q.kind for sample in samples for q in sample.meta.questions}))
+    metric = VqaAccuracy(sitting.subject.kinds)
     for done, sample in enumerate(samples, 1):
         results = sitting.predictor.answer(sample.image, [q.question for q in sample.meta.questions])
         metric.update([result.text for result in results], sample.meta.questions)

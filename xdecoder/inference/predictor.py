@@ -229,18 +229,28 @@ class Predictor:
         ]
 
     def refer(self, image: Picture, phrases: Sequence[str]) -> ReferringResult:
-        """The region that each phrase means. Raises `ValueError` without a phrase."""
+        """The region that each phrase means; no phrase changes what another one finds.
+
+        Raises `ValueError` without a phrase.
+        """
         if not phrases:
             raise ValueError("referring needs at least one phrase")
-        pixels_of = self._fitted([image])
-        pixels, arrays, frames = next(pixels_of)
+        pixels, arrays, frames = next(self._fitted([image]))
+        masks = []
         with torch.no_grad():
-            text, sentences = pack(self._texts(phrases), [len(phrases)])
-            where = torch.zeros(1, dtype=torch.int64, device=self.device)
-            final = self.model.ask(pixels, "referring", where, self._task("referring", 1), text).final
-            similarity = self.model.similarity(final.semantic, sentences)[0]
-            masks = postprocess.referring(similarity, self.model.masks(final, pixels, where)[0], frames[0])
-        return ReferringResult(image=arrays[0], phrases=tuple(phrases), masks=masks)
+            for start in range(0, len(phrases), self.batch):
+                some = phrases[start : start + self.batch]
+                text, sentences = pack(self._texts(some), [1] * len(some))
+                where = torch.zeros(len(some), dtype=torch.int64, device=self.device)
+                final = self.model.ask(
+                    pixels, "referring", where, self._task("referring", len(some)), text
+                ).final
+                nearest = self.model.similarity(final.semantic, sentences)  # float[phrases, O, 1]
+                logits = self.model.masks(final, pixels, where)
+                masks += [
+                    postprocess.referring(n, m, frames[0]) for n, m in zip(nearest, logits, strict=True)
+                ]
+        return ReferringResult(image=arrays[0], phrases=tuple(phrases), masks=np.concatenate(masks))
 
     # -------------------------------------------------------------------------------------------- image and
     # text
