@@ -143,7 +143,7 @@ def _anchors(scene: Scene) -> list[tuple[str, Thing]]:
 
 
 def questions(rng: Rng, scene: Scene) -> tuple[Asked, ...]:
-    """Up to two on colour, then one each on count, existence and position where the scene allows it."""
+    """Up to two on colour, one on count, one on existence, and a true and a false one on position."""
     return (*_colours(rng, scene), *_count(rng, scene), *_existence(rng, scene), *_position(rng, scene))
 
 
@@ -180,7 +180,7 @@ def _existence(rng: Rng, scene: Scene) -> list[Asked]:
         parts = {part for name in there for part in name.split()}
         nouns = [name for name in nouns if parts & set(name.split())] or nouns
     noun = nouns[rng.integers(len(nouns))]
-    return _yes_no(f"is there a {noun}?", present, "is there a")
+    return [_yes_no(f"is there a {noun}?", present, "is there a")]
 
 
 def _position(rng: Rng, scene: Scene) -> list[Asked]:
@@ -195,14 +195,16 @@ def _position(rng: Rng, scene: Scene) -> list[Asked]:
     ]
     if not pairs:
         return []
-    first, word, second = pairs[rng.integers(len(pairs))]
-    true = bool(rng.random() < 0.5)
-    first, second = (first, second) if true else (second, first)
-    return _yes_no(f"is the {first} {word} the {second}?", true, "is the")
+    chosen = [pairs[i] for i in rng.integers(len(pairs), size=2)]
+    true, false = (
+        _yes_no(f"is the {first} {word} the {second}?", answer, "is the")
+        for answer, (first, word, second) in ((True, chosen[0]), (False, chosen[1][::-1]))
+    )
+    return [true, false]
 
 
-def _yes_no(question: str, answer: bool, kind: str) -> list[Asked]:
-    return [Asked(question=question, answer="yes" if answer else "no", kind=kind, answer_type="yes/no")]
+def _yes_no(question: str, answer: bool, kind: str) -> Asked:
+    return Asked(question=question, answer="yes" if answer else "no", kind=kind, answer_type="yes/no")
 
 
 def _of(things: Sequence[Thing], noun: str) -> list[Thing]:
