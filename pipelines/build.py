@@ -75,6 +75,8 @@ def build(
     published.
     """
     started = time.monotonic()
+    if not corpora:
+        raise BuildError("no corpora to build from; list some under `corpora`")
     with catalog.building(), _blaming_workers():
         reading = _read(corpora)
         curated = curate(reading.rows, _inspect(reading.rows, config))

@@ -35,12 +35,13 @@ def inspect_files(wanted: Sequence[tuple[str, str]], max_pixels: int, num_worker
     if not wanted:
         return {}
     chunk = max(1, min(_CHUNK, len(wanted) // (4 * num_workers)))
-    dataset = _dataset([{"kind": kind, "path": path} for kind, path in wanted], -(-len(wanted) // chunk))
+    num_blocks = -(-len(wanted) // chunk)
+    dataset = _dataset([{"kind": kind, "path": path} for kind, path in wanted], num_blocks)
     inspected = dataset.map_batches(
         partial(inspect_table, max_pixels=max_pixels),
         batch_size=None,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(num_workers),
+        compute=TaskPoolStrategy(min(num_workers, num_blocks)),
     )
     progress = _Progress("inspected", "files", len(wanted))
     files: dict[tuple[str, str], Facts] = {}
@@ -65,7 +66,7 @@ def write_shards(
         partial(_write_table, folder=str(folder)),
         batch_size=1,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(num_workers),
+        compute=TaskPoolStrategy(min(num_workers, len(plans))),
     )
     for table in _results(mapped):
         for row in table.to_pylist():

@@ -34,7 +34,7 @@ def write_sheet(version: DatasetVersion, path: Path, limit: int = 24) -> int:
 
     Raises `StreamError` where a sample cannot be read.
     """
-    figures = [_figure(sample) for sample in _chosen(version, limit)]
+    figures = [figure(sample) for sample in _chosen(version, limit)]
     title = f"{escape(version.card.dataset)} {version.id}"
     page = (
         f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
@@ -65,7 +65,8 @@ def _summary(version: DatasetVersion) -> str:
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
-def _figure(sample: Sample) -> str:
+def figure(sample: Sample) -> str:
+    """One sample as an HTML <figure>; whatever its texts hold is shown, not interpreted."""
     meta = sample.meta
     pictures = [_picture(sample.image, sample.labels, _colours(meta))]
     texts = [
@@ -102,12 +103,14 @@ def _picture(image: Array, labels: Array | None, colours: Array) -> str:
 
 
 def _edges(labels: Array) -> Array:
-    """bool[H, W], true where a neighbour has another label."""
+    """bool[H, W], true inside a region where a neighbour has another label."""
     edges = np.zeros(labels.shape, dtype=bool)
-    edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    edges[1:] |= labels[1:] != labels[:-1]
-    edges[:, :-1] |= edges[:, 1:] & (labels[:, :-1] != labels[:, 1:])
-    return edges
+    across, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
+    edges[:, 1:] |= across
+    edges[:, :-1] |= across
+    edges[1:] |= down
+    edges[:-1] |= down
+    return edges & (labels != 0)
 
 
 def _colours(meta: SampleMeta) -> Array:

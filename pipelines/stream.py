@@ -153,8 +153,8 @@ class _Index:
 
     def __init__(self, rows: pa.Table, folder: Path) -> None:
         self.folder = folder
-        self.keys = rows["key"].to_pylist()
-        self.hashes = rows["sha256"].to_pylist()
+        # Arrow, not lists: touching a million Python strings would copy them into every forked process
+        self.keys, self.hashes = rows["key"].combine_chunks(), rows["sha256"].combine_chunks()
         shards = rows["shard"].combine_chunks().dictionary_encode()
         self.shards: list[str] = shards.dictionary.to_pylist()
         self.shard_of = shards.indices.to_numpy()
@@ -168,11 +168,11 @@ class _Index:
         offset, length = int(self.offsets[index]), int(self.lengths[index])
         try:
             data = os.pread(self._descriptor(int(self.shard_of[index])), length, offset)
-            if hashlib.sha256(data).hexdigest() != self.hashes[index]:
+            if hashlib.sha256(data).hexdigest() != self.hashes[index].as_py():
                 raise ShardError(f"{len(data)} of {length} bytes, and not those that were written")
             return decode(data)
         except (OSError, ShardError) as error:
-            where = f"sample {self.keys[index]} at byte {offset} of {self.folder / shard}"
+            where = f"sample {self.keys[index].as_py()} at byte {offset} of {self.folder / shard}"
             raise ShardError(f"{where}: {error}") from None
 
     def _descriptor(self, shard: int) -> int:

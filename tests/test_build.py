@@ -322,6 +322,12 @@ def test_an_unreadable_corpus_is_one_error_and_leaves_nothing(
     assert catalog.versions() == () and catalog.current() is None
 
 
+def test_nothing_to_build_from_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="no corpora"):
+        build([], CONFIG, Catalog(tmp_path / "store", "demo"))
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_class_cannot_be_a_thing_and_stuff(world: tuple[CorpusConfig, ...], tmp_path: Path) -> None:
     corpus = pick(world, "coco_panoptic")
     path = Path(corpus.root) / corpus.annotations

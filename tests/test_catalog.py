@@ -9,9 +9,9 @@ import pytest
 
 from pipelines.catalog import Catalog, CatalogError, DatasetVersion, content_id
 from pipelines.demo import UNSEEN
-from pipelines.sheet import write_sheet
+from pipelines.sheet import figure, write_sheet
 from pipelines.stream import read_samples
-from schemas.records import MANIFEST, REJECTS, SAMPLES
+from schemas.records import MANIFEST, REJECTS, SAMPLES, Question
 from schemas.taxonomy import Category, Taxonomy
 
 
@@ -156,7 +156,7 @@ def test_the_taxonomies_of_several_corpora_are_joined_in_order(demo_dataset: Dat
         replace(demo_dataset, card=card.model_copy(update={"taxonomies": {}})).taxonomy()
 
 
-def test_the_contact_sheet_shows_every_kind_of_annotation_and_escapes_it(
+def test_the_contact_sheet_shows_every_kind_of_annotation(
     demo_dataset: DatasetVersion, tmp_path: Path
 ) -> None:
     num_shown = write_sheet(demo_dataset, tmp_path / "sheet.html", limit=2)
@@ -164,6 +164,16 @@ def test_the_contact_sheet_shows_every_kind_of_annotation_and_escapes_it(
     assert num_shown == page.count("<figure>") == 8
     assert "refers: " in page and "caption: " in page and "data:image/png;base64" in page
     assert "http" not in page and "<script" not in page
+
+
+def test_the_contact_sheet_does_not_run_what_a_corpus_says(demo_dataset: DatasetVersion) -> None:
+    sample = next(read_samples(demo_dataset, split="val", stream="image_text"))
+    hostile = "<script>alert(1)</script>"
+    asked = Question(question=hostile, answers=(hostile,), kind=hostile)
+    page = figure(
+        replace(sample, meta=sample.meta.model_copy(update={"captions": (hostile,), "questions": (asked,)}))
+    )
+    assert "<script" not in page and page.count("&lt;script&gt;") == 3
 
 
 def test_the_tables_have_their_schemas(demo_dataset: DatasetVersion) -> None:
