@@ -1,0 +1,103 @@
+"""Laws of the model around the decoder: what it accepts, similarity, class texts, padding, captions."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import MODEL, model
+from torch.nn import functional as F
+
+from schemas.jobs import BackboneConfig
+from schemas.tasks import TASKS
+from xdecoder.inference.generate import greedy
+from xdecoder.model.layers import sine_positions
+from xdecoder.model.xdecoder import MAX_SCALE, ClassTexts, XDecoder
+from xdecoder.prompts import END, START, tokenize
+
+
+@pytest.fixture(scope="module")
+def tiny() -> XDecoder:
+    return model().requires_grad_(False)
+
+
+def test_pictures_must_fit_the_stride(tiny: XDecoder) -> None:
+    with pytest.raises(ValueError, match=r"\(40, 64\).*multiples of 16"):
+        tiny.encode(torch.zeros(1, 3, 40, 64), torch.zeros(1, 40, 64, dtype=torch.bool))
+
+
+def test_an_unknown_backbone_is_named_with_its_neighbours() -> None:
+    with pytest.raises(ValueError, match="'resnet_none' is no timm model; near.*resnet"):
+        XDecoder(MODEL.model_copy(update={"backbone": BackboneConfig(name="resnet_none")}))
+
+
+def test_masks_have_the_stride_of_the_finest_map(tiny: XDecoder) -> None:
+    pixels = tiny.encode(torch.rand(2, 3, 32, 64), torch.zeros(2, 32, 64, dtype=torch.bool))
+    images = torch.tensor([1, 0, 1])
+    tasks = tiny.text(tiny.task_ids).sentence[:3]
+    prediction = tiny.ask(pixels, "segmentation", images, tasks).final
+    masks = tiny.masks(prediction, pixels, images)
+    assert masks.shape == (3, MODEL.latents, 16, 32)
+    plain = (prediction.mask_embed[0, 3] @ pixels.mask_features[1].flatten(1)).view(16, 32)
+    torch.testing.assert_close(masks[0, 3], plain)
+    assert [level.memory.shape[1] for level in pixels.levels] == [2 * 4, 4 * 8, 8 * 16]  # coarsest first
+
+
+def test_similarity_is_the_scaled_cosine_and_its_scale_is_bounded(tiny: XDecoder) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 3, 32)), rng.normal(size=(5, 32))
+    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b)]
+    logits = tiny.similarity(torch.from_numpy(a).float(), torch.from_numpy(b).float())
+    np.testing.assert_allclose(logits.numpy(), unit[0] @ unit[1].T / 0.07, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        before, _ = tiny.log_scale.clone(), tiny.log_scale.fill_(50)
+        assert tiny.scale() == MAX_SCALE
+        tiny.log_scale.copy_(before)
+
+
+def test_what_the_backbone_says_ignores_padding(tiny: XDecoder) -> None:
+    """A pure colour repeated into the padding: the mean over the picture is that over its cells."""
+    padding = torch.zeros(1, 64, 64, dtype=torch.bool)
+    padding[:, 32:] = True
+    images = torch.rand(1, 3, 64, 64)
+    pooled = tiny.encode(images, padding).pooled
+    deep = tiny.backbone(images)[-1]
+    torch.testing.assert_close(pooled, deep[:, :, :2].mean((2, 3)))
+
+
+def test_positions_count_the_picture_and_not_its_padding() -> None:
+    small = sine_positions(torch.zeros(1, 3, 5, dtype=torch.bool), 32)
+    padding = torch.ones(1, 6, 8, dtype=torch.bool)
+    padding[:, :3, :5] = False
+    torch.testing.assert_close(sine_positions(padding, 32)[:, :3, :5], small)
+
+
+def test_a_class_is_the_mean_of_its_synonyms_and_background_comes_last(tiny: XDecoder) -> None:
+    texts = ClassTexts.of(["dog, hound", "grass-merged"], 20)
+    classes = texts.embed(tiny.text(texts.ids).sentence)
+    alone = F.normalize(tiny.encode_texts(["dog", "hound", "grass", "background"]).sentence, dim=-1)
+    expected = torch.stack((F.normalize(alone[:2].mean(0), dim=0), alone[2], alone[3]))
+    torch.testing.assert_close(classes, expected)
+
+
+def test_a_greedy_caption_is_what_teacher_forcing_would_say(tiny: XDecoder) -> None:
+    """The caption fed back in predicts itself: no slot is off by one, no later word is seen."""
+    pixels = tiny.encode(torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.bool))
+    images, task = torch.tensor([0, 1]), tiny.text(tiny.task_ids).sentence[[TASKS.index("captioning")] * 2]
+    said: list[torch.Tensor] = []
+    project = tiny.caption_embed.register_forward_hook(
+        lambda _, __, out: said.append(tiny.text.token_logits(out).argmax(-1))
+    )
+    greedy(tiny, pixels, images, task, 6)
+    project.remove()
+    tokens = torch.stack(said, 1)
+    assert tokens.shape == (2, 6), "as many words as asked for, where no caption ends"
+    ids = torch.cat((torch.full((2, 1), START), tokens, torch.full((2, 1), END)), 1)
+    slots = tiny.ask(pixels, "captioning", images, task, tiny.text(ids)).final.text
+    assert slots is not None
+    assert torch.equal(tiny.caption_logits(slots[:, :6]).argmax(-1), tokens)
+
+
+def test_a_caption_never_outgrows_the_context(tiny: XDecoder) -> None:
+    pixels = tiny.encode(torch.rand(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool))
+    task = tiny.text(tiny.task_ids).sentence[:1]
+    (caption,) = greedy(tiny, pixels, torch.tensor([0]), task, 1000)
+    assert tokenize([caption], 1000).shape[1] <= MODEL.text.context + 1
