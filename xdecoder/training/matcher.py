@@ -42,16 +42,17 @@ def assign(costs: Tensor, counts: list[int]) -> list[tuple[np.ndarray, np.ndarra
     """Hungarian assignment of every problem: float[N, O, M], the first counts[n] columns are real ->
     (queries, targets).
 
-    All costs cross to the host in one copy. Costs that are not finite become the worst cost there is, so
-    scipy never sees them and such a pair is chosen last. With more targets than queries, the targets left
+    All costs cross to the host in one copy. Costs that are not finite become worse than any assignment
+    without them, so scipy never sees them and such a pair is chosen last. With more targets than queries, the targets left
     over stay unmatched.
     """
-    matrix = costs.detach().float().cpu().numpy()
+    matrix = costs.detach().double().cpu().numpy()
     bad = ~np.isfinite(matrix)
     if bad.any():
         log.warning("%d of %d matching costs are not finite", int(bad.sum()), bad.size)
-        finite = matrix[~bad]
-        matrix = np.where(bad, (float(finite.max()) if finite.size else 0.0) + 1e3, matrix)
+        finite = matrix[~bad] if not bad.all() else np.zeros(1)
+        worse = 1 + min(matrix.shape[1:]) * (finite.max() - finite.min())  # than what one pair could save
+        matrix = np.where(bad, finite.max() + worse, matrix)
     return [linear_sum_assignment(matrix[n, :, :count]) for n, count in enumerate(counts)]
 
 
