@@ -1,4 +1,4 @@
-"""Laws of the decoder: who hears whom, requests that do not disturb one another, masks that never blind a query.
+"""Laws of the decoder: who hears whom, requests that do not disturb one another, masks that never blind.
 
 A query's neighbours are found by experiment: one query is changed before a layer, and who is different behind
 it has heard it.

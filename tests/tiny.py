@@ -28,7 +28,7 @@ from xdecoder.prompts import Vocabulary
 from xdecoder.tasks import BatchMaker
 from xdecoder.training.batch import Batch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tensors this small are slower on two
 
 MODEL = ModelConfig(
     width=32,
