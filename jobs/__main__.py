@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if not arguments.file.is_file():
+        raise ValueError(f"{arguments.file}: no such job file; other commands are {list(COMMANDS[1:])}")
     job = load(arguments.file, arguments.overrides)
     if arguments.dry_run:
         console.say(_resolved(job))

@@ -22,11 +22,12 @@ def prepare() -> None:
     `ray job submit` of this account (401). A cluster of our own gets a token from the environment instead,
     which ends with this process.
     """
-    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # the actors of Ray Train log errors that are none
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if not os.environ.get("RAY_ADDRESS"):
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # nobody takes this machine away, and the watcher logs an error that is none
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # the pace at which Ray Train takes reports; a second one inside it would hold the training up
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -92,10 +93,7 @@ def _connect(address: str | None, num_cpus: int | None) -> None:
             f"RAY_ADDRESS={address} is a job server: use `ray job submit`, or unset RAY_ADDRESS to run here"
         )
     try:
-        if address:
-            ray.init(address, logging_level=logging.WARNING)
-        else:
-            ray.init("local", num_cpus=num_cpus, logging_level=logging.WARNING)
+        ray.init(address or "local", num_cpus=None if address else num_cpus, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our builds speak for themselves

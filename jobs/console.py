@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
-NOISY = ("ray", "mlflow", "alembic", "webdataset", "urllib3", "PIL", "matplotlib", "httpx")
+NOISY = ("ray", "ray.train", "mlflow", "alembic", "webdataset", "urllib3", "PIL", "matplotlib", "httpx")
 
 
 def configure() -> None:
@@ -46,7 +46,8 @@ def report(outcome: Outcome, *, as_json: bool) -> None:
         return
     width = max(map(len, outcome.facts), default=0)
     for name, value in outcome.facts.items():
-        print(f"{name:<{width}}  {_cell(value)}")
+        lines = list(map(_cell, value)) if isinstance(value, list) else [_cell(value)]
+        print(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
     for title, rows in outcome.tables.items():
         print(f"\n{title}\n{table(rows)}", flush=True)
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,7 +165,8 @@ class Tracker:
         The model carries our code and no pickle: it is loaded by `jobs.serving` from the files of `folder`.
         """
         root = Path(__file__).resolve().parents[1]
-        with mlflow.start_run(run_id=run):
+        with mlflow.start_run(run_id=run), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it asks for an example; the signature says enough
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 loader_module="jobs.serving",
@@ -258,12 +260,11 @@ class Tracker:
     @_explained
     def fetch(self, version: ModelVersion, cache: Path) -> Path:
         """The exported model of a version: where it lies, if on this disk, else copied into `cache`."""
-        entry = self.client.get_model_version(version.model, str(version.version))
-        home = urlparse(self.client.get_logged_model(entry.model_id).artifact_location)
+        home = urlparse(self.client.get_model_version_download_uri(version.model, str(version.version)))
         if home.scheme in ("", "file"):
             folder = Path(unquote(home.path))
         else:
-            folder = cache / f"{version.model}-{entry.model_id}"
+            folder = cache / f"{version.model}-{version.run}-{version.version}"
             if not folder.is_dir():
                 _download(f"models:/{version.model}/{version.version}", folder)
         data = Model.load(str(folder)).flavors["python_function"]["data"]

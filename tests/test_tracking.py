@@ -1,0 +1,220 @@
+"""Runs and the registry, with a real MLflow in the store; the journal that feeds it."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jobs import journal
+from jobs.journal import Follower, MetricRow
+from jobs.tracking import ModelVersion, Tracker, TrackingError, connect
+from schemas.jobs import BackboneConfig, ModelConfig, TextConfig, TrainConfig
+from schemas.taxonomy import Category, Taxonomy
+from xdecoder.prompts import Vocabulary
+from xdecoder.training import checkpoint
+from xdecoder.training.trainer import Trainer
+
+VOCABULARY = Vocabulary(
+    taxonomy=Taxonomy(
+        name="toy",
+        categories=(Category(name="red circle", isthing=True), Category(name="grass", isthing=False)),
+    ),
+    answers=("yes", "no"),
+)
+TINY = ModelConfig(
+    width=32,
+    heads=2,
+    ffn=32,
+    decoder_layers=1,
+    encoder_layers=0,
+    latents=4,
+    init_layers=0,
+    text_contexts=0,
+    backbone=BackboneConfig(name="test_resnet"),
+    text=TextConfig(layers=1, heads=2, context=16),
+)
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracker]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield connect(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that nobody trained."""
+    folder = tmp_path_factory.mktemp("run") / "model"
+    checkpoint.export(Trainer(TINY, TrainConfig(), VOCABULARY), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three(tracker: Tracker, exported: Path) -> list[ModelVersion]:
+    """Three versions of one model, of one run."""
+    run = tracker.start("registry", "run", {}, {})
+    return [tracker.register(run, "toy", exported, {"dataset": f"demo@{i}"}) for i in range(3)]
+
+
+def test_a_run_keeps_what_was_asked_measured_and_read(tracker: Tracker) -> None:
+    run = tracker.start(
+        "runs", "first", {"train": {"optim": {"lr": 0.1}}, "tasks": ["a"]}, {"job_file": "x.yaml"}
+    )
+    tracker.log_dataset(run, name="demo", version="0123456789abcdef", profile={"train": {"samples": 3}})
+    tracker.log_metrics(run, [MetricRow(step=1, time=1.0, metrics={"loss": 2.0, "loss/vqa": 1.0})])
+    found = tracker.client.get_run(run)
+    assert found.data.params == {"train.optim.lr": "0.1", "tasks": "['a']"}
+    assert found.data.metrics == {"loss": 2.0, "loss/vqa": 1.0}
+    assert found.data.tags["job_file"] == "x.yaml"
+    (entry,) = found.inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest) == ("demo", "0123456789abcdef")
+
+
+def test_more_parameters_than_one_call_takes(tracker: Tracker) -> None:
+    run = tracker.start("runs", "many", {f"p{i}": "x" * 9000 for i in range(250)}, {})
+    assert len(tracker.client.get_run(run).data.params) == 250
+
+
+def test_delivering_rows_twice_changes_nothing(tracker: Tracker) -> None:
+    run = tracker.start("runs", "twice", {}, {})
+    rows = [MetricRow(step=i, time=100.0 + i, metrics={"loss": 1 / i}) for i in (1, 2, 3)]
+    tracker.log_metrics(run, rows)
+    tracker.log_metrics(run, rows)
+    history = tracker.client.get_metric_history(run, "loss")
+    assert [(m.step, m.value) for m in history] == [(row.step, row.metrics["loss"]) for row in rows]
+
+
+def test_a_run_ends_as_its_block_does(tracker: Tracker) -> None:
+    good, bad = (tracker.start("runs", name, {}, {}) for name in ("good", "bad"))
+    with tracker.running(good):
+        pass
+    with pytest.raises(RuntimeError, match="as it was"), tracker.running(bad):
+        raise RuntimeError("as it was")
+    assert tracker.client.get_run(good).info.status == "FINISHED"
+    assert tracker.client.get_run(bad).info.status == "FAILED"
+    assert tracker.resume(bad)
+    assert tracker.client.get_run(bad).info.status == "RUNNING"
+
+
+def test_a_run_that_this_mlflow_does_not_have_is_not_resumed(tracker: Tracker) -> None:
+    assert not tracker.resume("0" * 32)
+
+
+# ------------------------------------------------------------------------------------------------ the registry
+
+
+def test_versions_are_found_by_number_alias_and_latest(tracker: Tracker, three: list[ModelVersion]) -> None:
+    assert [version.version for version in tracker.versions("toy")] == [1, 2, 3]
+    assert tracker.version("toy", "2") == three[1]
+    assert tracker.version("toy", "latest").tags["dataset"] == "demo@2"
+
+
+def test_what_is_not_there_is_said_with_the_choices(tracker: Tracker, three: list[ModelVersion]) -> None:
+    with pytest.raises(TrackingError, match=r"no version '9'; choose 'latest' or one of \['1', '2', '3'"):
+        tracker.version("toy", "9")
+    with pytest.raises(TrackingError, match="no model 'other'.*pretrain.yaml"):
+        tracker.version("other", "latest")
+
+
+def test_the_crown_moves_and_goes_back(tracker: Tracker, three: list[ModelVersion]) -> None:
+    assert tracker.champion("toy") is None
+    assert tracker.champion("other") is None
+    with pytest.raises(TrackingError, match="no champion yet"):
+        tracker.rollback("toy")
+    with pytest.raises(TrackingError, match="no version 'champion'.*promote.yaml"):
+        tracker.version("toy", "champion")
+    assert tracker.crown(three[0]) is None
+    with pytest.raises(TrackingError, match="first champion"):
+        tracker.rollback("toy")
+    previous = tracker.crown(three[2])
+    assert previous is not None and previous.version == 1
+    assert tracker.version("toy", "champion").version == 3
+    deposed, restored = tracker.rollback("toy")
+    assert (deposed.version, restored.version) == (3, 1)
+    champion = tracker.champion("toy")
+    assert champion is not None and champion.version == 1
+
+
+def test_a_registered_model_is_the_exported_one(
+    tracker: Tracker, three: list[ModelVersion], exported: Path, tmp_path: Path
+) -> None:
+    folder = tracker.fetch(three[0], tmp_path)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in exported.iterdir()
+    }
+
+
+def test_a_registered_model_answers_without_a_pickle(
+    tracker: Tracker, three: list[ModelVersion], tmp_path: Path
+) -> None:
+    import mlflow.pyfunc
+    from PIL import Image
+
+    assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "grey.png")
+    served = mlflow.pyfunc.load_model("models:/toy/1")
+    rows = pd.DataFrame({"image": [str(tmp_path / "grey.png")], "task": ["vqa"], "text": ["is it grey?"]})
+    (answer,) = served.predict(rows)
+    assert json.loads(answer)["answer"] in VOCABULARY.answers
+
+
+# ------------------------------------------------------------------------------------------------ reaching it
+
+
+def test_a_server_that_is_down_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    before = time.monotonic()
+    with pytest.raises(TrackingError, match="http://127.0.0.1:9") as refused:
+        connect(tmp_path)
+    assert time.monotonic() - before < 30
+    assert "unset MLFLOW_TRACKING_URI" in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ the journal
+
+
+def test_a_follower_delivers_everything_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    journal.append(path, 1, {"loss": 3.0})
+    shown: list[int] = []
+    delivered: list[MetricRow] = []
+    with Follower(path, show=lambda row: shown.append(row.step), deliver=delivered.extend):
+        journal.append(path, 2, {"loss": 2.0})
+        journal.append(path, 3, {"loss": 1.0})
+    assert [row.step for row in delivered] == [1, 2, 3]
+    assert shown == [2, 3]
+
+
+def test_rows_wait_while_mlflow_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "POLL_S", 0.01)
+    monkeypatch.setattr(journal, "RETRY_S", 0.01)
+    path, attempts, delivered = tmp_path / "metrics.jsonl", [], []
+
+    def deliver(rows: Sequence[MetricRow]) -> None:
+        attempts.append(len(rows))
+        if len(attempts) < 3:
+            raise TrackingError("away")
+        delivered.extend(rows)
+
+    with Follower(path, show=lambda row: None, deliver=deliver):
+        for step in (1, 2):
+            journal.append(path, step, {"loss": 1.0})
+            time.sleep(0.05)
+    assert [row.step for row in delivered] == [1, 2]
+
+
+def test_the_curve_counts_a_repeated_step_once_and_survives_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step, loss in ((1, 9.0), (2, 8.0), (2, 7.0), (3, float("nan"))):
+        journal.append(path, step, {"loss": loss})
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "ti\n{"step": 5')
+    curve = journal.read(path)
+    assert [(row.step, row.metrics) for row in curve] == [(1, {"loss": 9.0}), (2, {"loss": 7.0}), (3, {})]
