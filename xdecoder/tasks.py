@@ -116,7 +116,7 @@ def _mask_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting
 
 
 def _phrase_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> PhraseTargets:
-    masks, phrases = zip(*truths, strict=True)
+    masks, phrases = [m for m, _ in truths], [p for _, p in truths]
     return PhraseTargets(
         masks=pad_masks(masks),
         counts=tuple(len(m) for m in masks),
@@ -129,9 +129,10 @@ def _caption_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Sett
 
 
 def _answer_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> AnswerTargets:
-    questions, shares = zip(*truths, strict=True)
+    shares = np.array([s for _, s in truths], dtype=np.float32)
     return AnswerTargets(
-        texts=tokenize(questions, setting.model.text.context), answers=torch.from_numpy(np.stack(shares))
+        texts=tokenize([q for q, _ in truths], setting.model.text.context),
+        answers=torch.from_numpy(shares.reshape(len(truths), len(setting.vocabulary.answers))),
     )
 
 
@@ -213,17 +214,27 @@ class BatchMaker:
         draws = [np.random.default_rng(seed) for seed in seeds]
         make = jittered if self.stream == "segmentation" else resized
         views = [make(s, self.setting.train.augment, rng) for s, rng in zip(samples, draws, strict=True)]
-        found: dict[Any, list[tuple[int, Task, Any]]] = {}
+        kinds = self._kinds()
+        found: dict[Task, list[tuple[int, Task, Any]]] = {kind: [] for kind in kinds.values()}
         for i, (view, rng) in enumerate(zip(views, draws, strict=True)):
             for task in self._tasks(rng):
                 truth = TABLE[task].truth(view, self.setting, rng)
                 if truth is not None:
-                    found.setdefault((TABLE[task].targets, TABLE[task].loss), []).append((i, task, truth))
-        return collate(views, tuple(self._work(rows) for rows in found.values()))
+                    found[kinds[task]].append((i, task, truth))
+        return collate(views, tuple(self._work(kind, rows) for kind, rows in found.items()))
+
+    @property
+    def _wanted(self) -> list[Task]:
+        return [t for t in TABLE if t in self.setting.train.tasks and TABLE[t].stream == self.stream]
+
+    def _kinds(self) -> dict[Task, Task]:
+        """For each task of the stream, the first of those whose requests are decoded and scored alike."""
+        first: dict[Any, Task] = {}
+        return {t: first.setdefault((TABLE[t].targets, TABLE[t].loss), t) for t in self._wanted}
 
     def _tasks(self, rng: np.random.Generator) -> list[Task]:
         """The tasks to try on one image, in the table's order."""
-        wanted = [t for t in TABLE if t in self.setting.train.tasks and TABLE[t].stream == self.stream]
+        wanted = self._wanted
         chances = dict(zip(ALTERNATIVES, self.setting.train.task_sampling, strict=True))
         options = [t for t in wanted if chances.get(t, 0) > 0]
         drawn: Task | None = None
@@ -235,7 +246,8 @@ class BatchMaker:
             t for t in wanted if t == drawn or (t not in ALTERNATIVES and rng.random() < shares.get(t, 1))
         ]
 
-    def _work(self, rows: list[tuple[int, Task, Any]]) -> Work:
-        images, tasks, truths = zip(*rows, strict=True)
-        targets = TABLE[tasks[0]].targets(truths, tasks, self.setting)
-        return Work(tasks=tasks, images=torch.tensor(images), targets=targets)
+    def _work(self, kind: Task, rows: list[tuple[int, Task, Any]]) -> Work:
+        tasks = tuple(task for _, task, _ in rows)
+        targets = TABLE[kind].targets([truth for _, _, truth in rows], tasks, self.setting)
+        images = torch.tensor([i for i, _, _ in rows], dtype=torch.int64)
+        return Work(kind=kind, tasks=tasks, images=images, targets=targets)

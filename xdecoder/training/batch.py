@@ -67,8 +67,14 @@ Targets = MaskTargets | PhraseTargets | CaptionTargets | AnswerTargets
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Requests that are decoded and scored together: `images` int64[R] into the batch, a task for each."""
+    """Requests that are decoded and scored together: `images` int64[R] into the batch, a task for each.
 
+    kind       the first task of those that are scored alike; its row of the table says how
+    A batch holds a work of every kind that is trained, in the table's order. Where no picture can tell of it,
+    R is 0: the losses of several ranks meet, so every rank has to come to each of them.
+    """
+
+    kind: Task
     tasks: tuple[Task, ...]
     images: Tensor
     targets: Targets
@@ -158,7 +164,7 @@ def mask_targets(
 def pad_masks(masks: Sequence[Array]) -> Tensor:
     """bool[M_r, H, W] of each request -> float32[R, M, H, W]."""
     most = max((len(m) for m in masks), default=0)
-    padded = torch.zeros(len(masks), most, *masks[0].shape[1:])
+    padded = torch.zeros(len(masks), most, *(masks[0].shape[1:] if masks else (1, 1)))
     for row, mask in zip(padded, masks, strict=True):
         row[: len(mask)] = torch.from_numpy(mask)
     return padded

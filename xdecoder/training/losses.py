@@ -91,6 +91,8 @@ def class_loss(
         wanted[i // rows, i % rows, queries] = labels[i % rows, targets]
     weight = torch.ones(columns, device=logits.device)
     weight[-1] = no_object
+    if not rows:
+        return logits.sum() * 0
     losses = [F.cross_entropy(logits[i].flatten(0, 1), wanted[i].flatten(), weight) for i in range(layers)]
     return torch.stack(losses).sum()
 
@@ -140,8 +142,9 @@ def uncertain_points(logits: Tensor, config: LossConfig) -> Tensor:
 def _query_text(scene: Scene, initial: Tensor, sentences: Tensor) -> Tensor:
     """OneFormer's contrast between an image's queries float[R, Q, D] and its list of sentences, once."""
     model = scene.model
-    texts = model.query_text_mlp(sentences).unflatten(0, (len(initial), -1))
-    contexts = model.query_text_context.weight.expand(len(texts), -1, -1)
+    contexts = model.query_text_context.weight.expand(len(initial), -1, -1)
+    count = initial.shape[1] - contexts.shape[1]
+    texts = model.query_text_mlp(sentences).view(len(initial), count, initial.shape[2])
     return query_text_loss(initial, torch.cat((texts, contexts), 1), model.query_text_scale)
 
 
@@ -179,6 +182,8 @@ def pack(phrases: TextFeatures, counts: Sequence[int]) -> tuple[TextFeatures, Te
 
     The tokens of a request's phrases stand side by side without padding between them.
     """
+    if not counts:
+        return phrases, phrases.sentence[:, None][:, :0]
     keep = ~phrases.padding
     tokens, ids, sentences = [], [], []
     for start, count in zip(np.cumsum([0, *counts[:-1]]), counts, strict=True):
@@ -209,7 +214,8 @@ def grounding_loss(logits: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]
             queries, targets = pairs[layer * rows + row]
             wanted = torch.as_tensor(queries, device=logits.device)
             losses.append(F.cross_entropy(logits[layer, row, :, targets].T, wanted, reduction="none"))
-        terms.append(torch.cat(losses).sum() / max(1, sum(len(x) for x in losses)))
+        every = torch.cat((logits[layer].flatten()[:0], *losses))
+        terms.append(every.sum() / max(1, len(every)))
     return torch.stack(terms).sum()
 
 
@@ -247,8 +253,10 @@ def fine_contrast(latents: Tensor, captions: TextFeatures, scale: Tensor) -> Ten
     logits = scale * F.normalize(latents, dim=-1).mean(1) @ tokens.T  # the mean of cosines is one product
     to_tokens = -(
         logits.log_softmax(1)[owner, torch.arange(len(owner), device=owner.device)] * share
-    ).sum() / len(latents)
-    to_images = -(logits.log_softmax(0)[owner, torch.arange(len(owner), device=owner.device)] * share).mean()
+    ).sum() / max(1, len(latents))
+    to_images = -(
+        logits.log_softmax(0)[owner, torch.arange(len(owner), device=owner.device)] * share
+    ).sum() / max(1, len(owner))
     return 0.7 * to_tokens + 0.3 * to_images
 
 
@@ -272,7 +280,8 @@ def vqa(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     assert isinstance(targets, AnswerTargets)
     outputs = scene.model.ask(scene.pixels, "vqa", work.images, _tasks(scene, work), texts)
     losses = [
-        F.cross_entropy(answer_logits(scene.model, p, texts, scene.answers), targets.answers)
+        F.cross_entropy(answer_logits(scene.model, p, texts, scene.answers), targets.answers, reduction="sum")
+        / max(1, len(work.images))
         for p in outputs.predictions[-scene.config.top_layers :]
     ]
     return {"vqa": torch.stack(losses).sum()}
@@ -300,11 +309,10 @@ def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """
     everyone_a, everyone_b, first = gather(a), gather(b), _rows_before(len(a), a.device)
     wanted = torch.arange(len(a), device=a.device) + first
-    share = len(a) * _world() / len(everyone_a)  # unequal rows a rank: rows weigh alike, not ranks
-    rows = F.cross_entropy(scale * a @ everyone_b.T, wanted) + F.cross_entropy(
-        scale * b @ everyone_a.T, wanted
-    )
-    return rows / 2 * share
+    both = (scale * a @ everyone_b.T, scale * b @ everyone_a.T)
+    rows = torch.stack([F.cross_entropy(logits, wanted, reduction="sum") for logits in both]).sum()
+    # ranks may hold unequal rows, or none: rows weigh alike, not ranks
+    return rows / 2 * _world() / max(1, len(everyone_a))
 
 
 def gather(x: Tensor) -> Tensor:

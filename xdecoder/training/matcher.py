@@ -43,8 +43,8 @@ def assign(costs: Tensor, counts: list[int]) -> list[tuple[np.ndarray, np.ndarra
     (queries, targets).
 
     All costs cross to the host in one copy. Costs that are not finite become worse than any assignment
-    without them, so scipy never sees them and such a pair is chosen last. With more targets than queries, the targets left
-    over stay unmatched.
+    without them, so scipy never sees them and such a pair is chosen last. With more targets than queries, the
+    targets left over stay unmatched.
     """
     matrix = costs.detach().double().cpu().numpy()
     bad = ~np.isfinite(matrix)

@@ -69,7 +69,7 @@ class Objective(nn.Module):
                 config=self.config,
             )
             for work in batch.works:
-                terms |= TABLE[work.tasks[0]].loss(scene, work, of_work[id(work)])
+                terms |= TABLE[work.kind].loss(scene, work, of_work[id(work)])
         return terms
 
 
@@ -152,7 +152,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        values = {f"loss/{name}": value.item() for name, value in terms.items()}
+        # a term that is exactly zero had nothing to learn from, and would only dilute the logged mean
+        values = {f"loss/{name}": value.item() for name, value in terms.items() if value != 0}
         return {"loss": loss.item(), "lr": rate, "grad_norm": norm.item()} | values
 
     def _check(self, loss: Tensor, terms: Mapping[str, Tensor], batches: tuple[Batch, ...]) -> None:
