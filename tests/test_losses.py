@@ -1,0 +1,410 @@
+"""Laws of the losses: equal to their formulas written out, silent where there is nothing to learn, and on two
+ranks the same as on one.
+"""
+
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from tiny import MODEL, VOCABULARY, bare, model, samples, train_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from schemas.jobs import LossConfig
+from schemas.tasks import STREAM_FIELDS, TASKS
+from xdecoder.model.text import TextFeatures
+from xdecoder.model.xdecoder import ClassTexts, XDecoder
+from xdecoder.prompts import tokenize
+from xdecoder.tasks import BatchMaker, Setting
+from xdecoder.training import losses
+from xdecoder.training.batch import Batch, MaskTargets, Work, pad_masks
+from xdecoder.training.losses import Scene
+from xdecoder.training.matcher import sample_points
+from xdecoder.training.trainer import Objective
+
+Pairs = list[tuple[np.ndarray, np.ndarray]]
+
+
+def pair(queries: list[int], targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(queries, dtype=np.int64), np.array(targets, dtype=np.int64)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def features(ids: Tensor, seed: int = 0) -> TextFeatures:
+    """Random texts of given lengths: `ids` as the tokenizer pads them."""
+    of = model(seed).text
+    with torch.no_grad():
+        return of(ids)
+
+
+# ------------------------------------------------------------------------------------------- the sum
+
+
+def test_the_total_is_the_weighted_sum() -> None:
+    terms = {"class_ce": torch.tensor(1.5), "retrieval_backbone": torch.tensor(0.25)}
+    assert losses.total(terms, LossConfig(class_ce=3, retrieval_backbone=8)).item() == 3 * 1.5 + 8 * 0.25
+
+
+def test_a_term_without_a_weight_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"\['noun'\] have no weight"):
+        losses.total({"class_ce": torch.tensor(1.0), "noun": torch.tensor(1.0)}, LossConfig())
+
+
+# ------------------------------------------------------------------------------------------- classes
+
+
+def test_class_loss_equals_its_formula() -> None:
+    logits, labels = noise(2, 2, 4, 4), torch.tensor([[2, 0], [1, -1]])  # three classes and background
+    pairs = [pair([3, 1], [0, 1]), pair([0], [0]), pair([0, 2], [1, 0]), pair([3], [0])]
+    wanted = [[[3, 0, 3, 2], [1, 3, 3, 3]], [[0, 3, 2, 3], [3, 3, 3, 1]]]
+    expected = 0.0
+    for layer in range(2):
+        above = below = 0.0
+        for row in range(2):
+            for query in range(4):
+                target = wanted[layer][row][query]
+                weight = 0.1 if target == 3 else 1.0
+                above -= weight * float(logits[layer, row, query].log_softmax(0)[target])
+                below += weight
+        expected += above / below
+    assert losses.class_loss(logits, labels, pairs, 0.1).item() == pytest.approx(expected, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- masks
+
+POINTS = LossConfig(points=40, oversample=3, importance=0.75)
+
+
+def test_mask_losses_equal_their_formulas() -> None:
+    logits, truth = 3 * noise(2, 2, 3, 8, 8), (noise(2, 2, 16, 16, seed=1) > 0).float()
+    pairs = [pair([2, 0], [0, 1]), pair([1], [0]), pair([1, 0], [0, 1]), pair([1], [0])]
+    torch.manual_seed(5)
+    bce, dice = losses.mask_losses(logits, truth, pairs, POINTS)
+
+    matched = [(0, 0, 2, 0), (0, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0), (1, 0, 0, 1), (1, 1, 1, 0)]
+    predicted = torch.stack([logits[layer, r, q] for layer, r, q, _ in matched])[:, None]
+    torch.manual_seed(5)
+    places = losses.uncertain_points(predicted, POINTS)
+    expected_bce = expected_dice = 0.0
+    for (_, row, _, target), mask, points in zip(matched, predicted, places, strict=True):
+        p = sample_points(mask[None], points[None])[0, 0].sigmoid().double()
+        t = sample_points(truth[row, target][None, None], points[None])[0, 0].double()
+        expected_bce += float(-(t * p.log() + (1 - t) * (1 - p).log()).mean())
+        expected_dice += float(1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1))
+    assert bce.item() == pytest.approx(expected_bce / 3, rel=1e-4)  # three masks in the two requests
+    assert dice.item() == pytest.approx(expected_dice / 3, rel=1e-4)
+
+
+def test_points_are_drawn_where_the_mask_is_unsure() -> None:
+    logits = 3 * noise(2, 1, 8, 8)
+    torch.manual_seed(5)
+    places = losses.uncertain_points(logits, POINTS)
+    torch.manual_seed(5)
+    drawn, fresh = torch.rand(2, 120, 2), torch.rand(2, 10, 2)
+    for i in range(2):
+        doubt = sample_points(logits[i : i + 1], drawn[i : i + 1])[0, 0].abs()
+        surest = {tuple(point) for point in drawn[i][doubt.argsort()[:30]].tolist()}
+        assert {tuple(point) for point in places[i, :30].tolist()} == surest
+        assert torch.equal(places[i, 30:], fresh[i])
+
+
+def test_a_perfect_mask_costs_next_to_nothing_and_its_negative_much() -> None:
+    truth = torch.zeros(1, 1, 16, 16)
+    truth[..., :8, :] = 1
+    logits = (40 * truth - 20)[None]
+    config = LossConfig(points=2000, importance=0)
+    right = losses.mask_losses(logits, truth, [pair([0], [0])], config)
+    wrong = losses.mask_losses(-logits, truth, [pair([0], [0])], config)
+    assert all(r < 0.1 * w for r, w in zip(right, wrong, strict=True))
+    assert wrong[0] > 10 and wrong[1] > 0.9
+
+
+def test_unmatched_masks_learn_nothing() -> None:
+    logits, truth = noise(1, 1, 3, 8, 8).requires_grad_(), torch.ones(1, 1, 16, 16)
+    sum(losses.mask_losses(logits, truth, [pair([1], [0])], POINTS)).backward()  # type: ignore[union-attr]
+    assert logits.grad is not None
+    assert (logits.grad[0, 0].abs().sum((1, 2)) > 0).tolist() == [False, True, False]
+
+
+def test_no_masks_are_finite_and_connected() -> None:
+    logits = noise(2, 1, 3, 8, 8).requires_grad_()
+    for term in losses.mask_losses(logits, torch.zeros(1, 0, 16, 16), [pair([], [])] * 2, POINTS):
+        assert term.item() == 0
+        (gradient,) = torch.autograd.grad(term, logits, retain_graph=True)
+        assert not gradient.any()
+
+
+# ---------------------------------------------------------------------------------- queries and texts
+
+
+def test_query_text_equals_its_formula() -> None:
+    queries, texts, log_scale = noise(3, 5, 4), noise(3, 5, 4, seed=1), torch.tensor(1.5)
+    q, t = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (queries, texts))
+    logits = log_scale.exp() * q @ t.T
+    expected = -logits.log_softmax(1).diag().mean() - logits.log_softmax(0).diag().mean()
+    torch.testing.assert_close(losses.query_text_loss(queries, texts, log_scale), expected)
+
+
+def test_query_text_of_one_image_is_zero() -> None:
+    queries = noise(1, 5, 4).requires_grad_()
+    loss = losses.query_text_loss(queries, noise(1, 5, 4, seed=1), torch.tensor(2.0))
+    loss.backward()
+    assert loss.item() == 0 and queries.grad is not None and not queries.grad.any()
+
+
+def test_query_text_depends_on_the_pairs_of_query_and_text_alone() -> None:
+    queries, texts, scale = noise(3, 5, 4), noise(3, 5, 4, seed=1), torch.tensor(2.0)
+    order = [3, 0, 4, 1, 2]
+    loss = losses.query_text_loss(queries, texts, scale)
+    torch.testing.assert_close(losses.query_text_loss(queries[:, order], texts[:, order], scale), loss)
+    assert not torch.allclose(losses.query_text_loss(queries[:, order], texts, scale), loss)
+
+
+def test_query_text_scale_is_bounded() -> None:
+    queries, texts = noise(3, 5, 4), noise(3, 5, 4, seed=1)
+    one, other = (losses.query_text_loss(queries, texts, torch.tensor(x)) for x in (4.7, 9.0))
+    torch.testing.assert_close(one, other)
+
+
+# -------------------------------------------------------------------------------- phrases and captions
+
+
+def test_grounding_equals_its_formula() -> None:
+    logits = noise(2, 2, 4, 3)
+    pairs = [pair([0, 2], [1, 0]), pair([3], [0]), pair([1, 3], [0, 1]), pair([0], [0])]
+    expected = 0.0
+    for layer in range(2):
+        rows = [(r, q, t) for r in range(2) for q, t in zip(*pairs[2 * layer + r], strict=True)]
+        expected -= np.mean([float(logits[layer, r, :, t].log_softmax(0)[q]) for r, q, t in rows])
+    assert losses.grounding_loss(logits, pairs).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_phrases_are_packed_without_gaps() -> None:
+    ids = tokenize(["a dog", "cat", "the big red square"], 20)
+    phrases = features(ids)
+    packed, sentences = losses.pack(phrases, [2, 1])
+    assert (~packed.padding).sum(1).tolist() == [4 + 3, 6]
+    expected = torch.cat((phrases.tokens[0, :4], phrases.tokens[1, :3]))
+    torch.testing.assert_close(packed.tokens[0, :7], expected)
+    assert packed.ids[1, :6].tolist() == ids[2].tolist()
+    torch.testing.assert_close(sentences[0], phrases.sentence[:2])
+    torch.testing.assert_close(sentences[1, 0], phrases.sentence[2])
+
+
+def test_retrieval_contrast_equals_its_formula() -> None:
+    a, b = (F.normalize(noise(4, 8, seed=seed), dim=-1) for seed in (0, 1))
+    logits = 5 * a @ b.T
+    expected = -(logits.log_softmax(1).diag().mean() + logits.log_softmax(0).diag().mean()) / 2
+    torch.testing.assert_close(losses._contrast(a, b, torch.tensor(5.0)), expected)
+
+
+def test_fine_contrast_equals_its_formula() -> None:
+    """X-Decoder, 3.7 B, with the target matrix written out."""
+    captions, latents, scale = features(tokenize(["a dog", "the cat sat"], 20)), noise(2, 3, MODEL.width), 4.0
+    lengths = [4, 5]
+    tokens = torch.cat([captions.tokens[i, :n] for i, n in enumerate(lengths)])
+    target = torch.zeros(2, 9)
+    target[0, :4] = torch.tensor([1.0, 2, 3, 4]) / 10
+    target[1, 4:] = torch.tensor([1.0, 2, 3, 4, 5]) / 15
+    similarity = torch.zeros(2, 9)
+    for i in range(2):
+        for j in range(9):
+            cosines = [F.cosine_similarity(latents[i, o], tokens[j], dim=0) for o in range(3)]
+            similarity[i, j] = scale * torch.stack(cosines).mean()
+    to_tokens = -(target * similarity.log_softmax(1)).sum(1).mean()
+    to_images = -(target * similarity.log_softmax(0)).sum(0).mean()
+    torch.testing.assert_close(
+        losses.fine_contrast(latents, captions, torch.tensor(scale)), 0.7 * to_tokens + 0.3 * to_images
+    )
+
+
+# ------------------------------------------------------------------------------------- whole requests
+
+
+def scene_of(of: XDecoder, batch: Batch, **loss: float) -> Scene:
+    classes = ClassTexts.of(VOCABULARY.taxonomy.names, MODEL.text.context)
+    return Scene(
+        model=of,
+        pixels=of.encode(batch.images, batch.padding),
+        classes=classes.embed(of.text(classes.ids).sentence),
+        answers=of.encode_texts(VOCABULARY.answers).sentence,
+        tasks=of.text(of.task_ids).sentence,
+        config=LossConfig(points=64, **loss),  # type: ignore[arg-type]
+    )
+
+
+def batch_of(task: str, count: int = 2) -> Batch:
+    train = train_config(tasks=(task,))
+    stream = "segmentation" if task in TASKS[:4] else "image_text"
+    make = BatchMaker(stream=stream, setting=Setting(model=MODEL, train=train, vocabulary=VOCABULARY))  # type: ignore[arg-type]
+    return make(samples(count), list(range(count)))
+
+
+def test_captioning_equals_its_formula() -> None:
+    of, batch = model(), batch_of("captioning")
+    (work,) = batch.works
+    texts = of.text(work.targets.texts)
+    scene = scene_of(of, batch, top_layers=2)
+    loss = losses.captioning(scene, work, texts)["captioning"]
+    outputs = of.ask(
+        scene.pixels, "captioning", work.images, scene.tasks[[TASKS.index("captioning")] * 2], texts
+    )
+    expected, lengths = torch.tensor(0.0), (~texts.padding).sum(1).tolist()
+    for prediction in outputs.predictions[-2:]:
+        assert prediction.text is not None
+        words = torch.tensor(0.0)
+        for row, length in enumerate(lengths):
+            logits = of.caption_logits(prediction.text[row]).log_softmax(-1)
+            words = words - sum(logits[i, texts.ids[row, i + 1]] for i in range(length - 1))
+        expected = expected + words / (sum(lengths) - len(lengths) + 1)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_vqa_equals_its_formula() -> None:
+    of, batch = model(), batch_of("vqa")
+    (work,) = batch.works
+    texts = of.text(work.targets.texts)
+    scene = scene_of(of, batch, top_layers=1)
+    loss = losses.vqa(scene, work, texts)["vqa"]
+    final = of.ask(scene.pixels, "vqa", work.images, scene.tasks[[TASKS.index("vqa")] * 2], texts).final
+    assert final.text is not None
+    expected = torch.tensor(0.0)
+    for row, length in enumerate((~texts.padding).sum(1).tolist()):
+        meaning = F.normalize(of.decoder.class_embed(final.text[row, length - 1]), dim=0)
+        logits = of.scale() * F.normalize(scene.answers, dim=-1) @ meaning
+        expected = expected - (work.targets.answers[row] * logits.log_softmax(0)).sum() / 2  # type: ignore[union-attr]
+    torch.testing.assert_close(loss, expected)
+
+
+def test_segmentation_without_targets_is_finite_and_connected() -> None:
+    of, batch = model(), batch_of("panoptic")
+    empty = MaskTargets(
+        masks=pad_masks([np.zeros((0, 32, 32), dtype=bool)] * 2),
+        labels=torch.zeros(2, 0, dtype=torch.int64),
+        counts=(0, 0),
+        texts=tokenize(["a panoptic photo"] * 14, 20),
+    )
+    work = Work(kind="semantic", tasks=("panoptic", "panoptic"), images=torch.tensor([0, 1]), targets=empty)
+    terms = losses.segmentation(scene_of(of, batch), work, of.text(empty.texts))
+    loss = losses.total(terms, LossConfig())
+    loss.backward()
+    assert torch.isfinite(loss) and terms["mask_bce"].item() == terms["mask_dice"].item() == 0
+    assert terms["class_ce"].item() > 0  # every latent learns to be background
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in of.parameters())
+
+
+def test_more_targets_than_latents_are_finite() -> None:
+    of, batch = model(latents=2, text_contexts=1), batch_of("panoptic")
+    (work,) = batch.works
+    assert isinstance(work.targets, MaskTargets) and min(work.targets.counts) > 2
+    texts = of.text(tokenize(["a panoptic photo"] * 4, 20))
+    terms = losses.segmentation(scene_of(of, batch), work, texts)
+    assert all(torch.isfinite(value) for value in terms.values())
+
+
+def test_pictures_that_tell_of_no_task_cost_nothing() -> None:
+    setting = Setting(model=MODEL, train=train_config(), vocabulary=VOCABULARY)
+    mute = [bare(sample) for sample in samples(2)]
+    batches = tuple(BatchMaker(stream=s, setting=setting)(mute, [0, 1]) for s in STREAM_FIELDS)
+    of = model()
+    loss = losses.total(Objective(of, LossConfig(points=64), VOCABULARY)(batches), LossConfig())
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in of.parameters())
+
+
+def test_every_task_alone_gives_its_own_terms() -> None:
+    masks = {"class_ce", "mask_bce", "mask_dice", "query_text"}
+    expected = {
+        "semantic": masks,
+        "instance": masks,
+        "panoptic": masks,
+        "referring": {"grounding_ce", "grounding_bce", "grounding_dice"},
+        "retrieval": {"retrieval", "retrieval_backbone"},
+        "captioning": {"captioning"},
+        "vqa": {"vqa"},
+    }
+    objective = Objective(model(), LossConfig(points=64), VOCABULARY)
+    for task in TASKS:
+        terms = objective((batch_of(task),))
+        assert set(terms) == expected[task]
+        assert all(torch.isfinite(value) and value.ndim == 0 for value in terms.values())
+
+
+# ------------------------------------------------------------------------------------------- two ranks
+
+
+def run_ranks(work: Callable[..., None], folder: Path, *args: object) -> list[dict[str, Tensor]]:
+    """`work(rank, folder, *args)` in two processes that form a gloo group; what each saved as RANK.pt."""
+    torch.multiprocessing.spawn(_in_group, args=(work, folder, *args), nprocs=2)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def _in_group(rank: int, work: Callable[..., None], folder: Path, *args: object) -> None:
+    torch.set_num_threads(1)
+    patience = datetime.timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=patience
+    )
+    work(rank, folder, *args)
+    dist.destroy_process_group()
+
+
+def contrasts(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Both contrastive losses of rows seen through a shared weight."""
+    x, y = F.normalize(a @ weight, dim=-1), F.normalize(b @ weight, dim=-1)
+    three = losses.query_text_loss((a @ weight)[:, None], (b @ weight)[:, None], torch.tensor(1.0))
+    return losses._contrast(x, y, torch.tensor(3.0)) + three
+
+
+def contrast_rank(rank: int, folder: Path, cut: int) -> None:
+    rows = slice(0, cut) if rank == 0 else slice(cut, None)
+    weight = noise(6, 6, seed=9).requires_grad_()
+    loss = contrasts(noise(5, 6)[rows], noise(5, 6, seed=1)[rows], weight)
+    loss.backward()
+    torch.save({"loss": loss.detach(), "gradient": weight.grad}, folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("cut", [3, 4, 5])
+def test_two_ranks_give_the_gradients_of_the_joined_batch(tmp_path: Path, cut: int) -> None:
+    """Also where they hold different numbers of rows, or one holds none."""
+    ranks = run_ranks(contrast_rank, tmp_path, cut)
+    weight = noise(6, 6, seed=9).requires_grad_()
+    loss = contrasts(noise(5, 6), noise(5, 6, seed=1), weight)
+    loss.backward()
+    for name, expected in (("loss", loss.detach()), ("gradient", weight.grad)):
+        mean = (ranks[0][name] + ranks[1][name]) / 2  # as DistributedDataParallel averages
+        torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-6)
+
+
+def uneven_rank(rank: int, folder: Path) -> None:
+    """A step of all tasks; the second rank's pictures have captions and masks of segments alone."""
+    chosen = samples(2) if rank == 0 else [bare(s, "segments") for s in samples(4)[2:]]
+    told = samples(2) if rank == 0 else [bare(s, "questions") for s in samples(4)[2:]]
+    setting = Setting(model=MODEL, train=train_config(), vocabulary=VOCABULARY)
+    batches = (
+        BatchMaker(stream="segmentation", setting=setting)(chosen, [0, 1]),
+        BatchMaker(stream="image_text", setting=setting)(told, [0, 1]),
+    )
+    of = model().train()
+    torch.manual_seed(rank)
+    parallel = nn.parallel.DistributedDataParallel(
+        Objective(of, LossConfig(points=64), VOCABULARY), find_unused_parameters=True
+    )
+    losses.total(parallel(batches), LossConfig()).backward()
+    total = torch.stack([p.grad.norm() for p in of.parameters() if p.grad is not None]).norm()
+    torch.save({"norm": total}, folder / f"{rank}.pt")
+
+
+def test_ranks_whose_pictures_can_tell_of_different_tasks_step_together(tmp_path: Path) -> None:
+    one, two = run_ranks(uneven_rank, tmp_path)
+    assert torch.isfinite(one["norm"]) and one["norm"] > 0
+    assert torch.equal(one["norm"], two["norm"])
