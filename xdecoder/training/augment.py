@@ -114,7 +114,10 @@ def _view(sample: Sample, geometry: _Geometry) -> View:
         masks=np.array(masks, dtype=bool).reshape(-1, geometry.side, geometry.side),
         sentences=tuple(_each(words, r.sentences) for r in referring),
         captions=_each(words, sample.meta.captions),
-        questions=tuple(q.model_copy(update={"question": words(q.question)}) for q in sample.meta.questions),
+        questions=tuple(
+            q.model_copy(update={"question": words(q.question), "answers": _each(words, q.answers)})
+            for q in sample.meta.questions
+        ),
     )
 
 
