@@ -54,15 +54,31 @@ class _Geometry:
             min(self.side, self.scaled[1] - self.corner[1]),
         )
 
-    def apply(self, pixels: Array, fill: int, resample: Image.Resampling) -> Array:
-        """uint8 or uint16 [H, W] or [H, W, 3] -> the view, filled up with `fill`."""
+    def picture(self, pixels: Array) -> Array:
+        """uint8[H, W, 3] -> the view, bilinear, grey behind it."""
         image = Image.fromarray(pixels)
         if image.size != self.scaled[::-1]:
-            image = image.resize(self.scaled[::-1], resample)
+            image = image.resize(self.scaled[::-1], Image.Resampling.BILINEAR)
         top, left = self.corner
         height, width = self.size
-        window = np.asarray(image)[top : top + height, left : left + width]
-        view = np.full((self.side, self.side, *pixels.shape[2:]), fill, dtype=pixels.dtype)
+        return self._placed(np.asarray(image)[top : top + height, left : left + width], PAD_VALUE)
+
+    def labels(self, pixels: Array) -> Array:
+        """[H, W] of any type -> the view, nearest, zero behind it.
+
+        Not by PIL, whose rounding differs between 8 and 16 bits: masks would not lie on their label map.
+        """
+        rows, columns = (
+            (2 * np.arange(start, start + size) + 1) * original // (2 * scaled)
+            for start, size, original, scaled in zip(
+                self.corner, self.size, pixels.shape, self.scaled, strict=True
+            )
+        )
+        return self._placed(pixels[rows[:, None], columns], 0)
+
+    def _placed(self, window: Array, fill: int) -> Array:
+        height, width = self.size
+        view = np.full((self.side, self.side, *window.shape[2:]), fill, dtype=window.dtype)
         view[:height, :width] = window[:, ::-1] if self.flip else window
         return view
 
@@ -102,14 +118,12 @@ def fitted(sample: Sample, side: int) -> View:
 def _view(sample: Sample, geometry: _Geometry) -> View:
     words = mirror if geometry.flip else str
     referring = sample.meta.referring
-    masks = [
-        geometry.apply(decode_rle(r.mask).astype(np.uint8), 0, Image.Resampling.NEAREST) for r in referring
-    ]
+    masks = [geometry.labels(decode_rle(r.mask)) for r in referring]
     return View(
         key=sample.key,
-        image=geometry.apply(sample.image, PAD_VALUE, Image.Resampling.BILINEAR),
+        image=geometry.picture(sample.image),
         size=geometry.size,
-        labels=None if sample.labels is None else geometry.apply(sample.labels, 0, Image.Resampling.NEAREST),
+        labels=None if sample.labels is None else geometry.labels(sample.labels),
         segments=sample.meta.segments or (),
         masks=np.array(masks, dtype=bool).reshape(-1, geometry.side, geometry.side),
         sentences=tuple(_each(words, r.sentences) for r in referring),
