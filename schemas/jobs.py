@@ -260,7 +260,9 @@ class Rule(Settings):
 
 class PromoteConfig(Settings):
     candidate: str = Field(
-        default="latest", description="a version number of the registered model, or 'latest'"
+        default="latest",
+        coerce_numbers_to_str=True,
+        description="a version number of the registered model, or 'latest'",
     )
     require: bool = Field(default=False, description="a refusal is a non-zero status")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
@@ -317,7 +319,9 @@ class EvaluateJob(Job):
 
     kind: Literal["evaluate"]
     registered_model: Name = "demo"
-    version: str = Field(default="latest", description="a version number, an alias, or 'latest'")
+    version: str = Field(
+        default="latest", coerce_numbers_to_str=True, description="a version number, an alias, or 'latest'"
+    )
     dataset: DatasetRef = DatasetRef()
     evaluate: EvaluateConfig = EvaluateConfig()
 

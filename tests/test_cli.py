@@ -8,26 +8,10 @@ import pytest
 from PIL import Image
 
 from jobs.__main__ import main
-from schemas.jobs import BackboneConfig, DemoConfig, ModelConfig, TextConfig, TrainConfig
-from schemas.taxonomy import Category, Taxonomy
+from schemas.jobs import DemoConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ROOT / "jobs"
-TAXONOMY = Taxonomy(
-    name="toy", categories=(Category(name="red circle", isthing=True), Category(name="grass", isthing=False))
-)
-TINY = ModelConfig(
-    width=32,
-    heads=2,
-    ffn=32,
-    decoder_layers=1,
-    encoder_layers=0,
-    latents=4,
-    init_layers=0,
-    text_contexts=0,
-    backbone=BackboneConfig(name="test_resnet"),
-    text=TextConfig(layers=1, heads=2, context=16),
-)
 Refusal = Callable[..., str]
 
 
@@ -56,13 +40,13 @@ def refusal(home: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that nobody trained."""
-    from xdecoder.prompts import Vocabulary
+    from tiny import MODEL, VOCABULARY, train_config
+
     from xdecoder.training import checkpoint
     from xdecoder.training.trainer import Trainer
 
     folder = tmp_path_factory.mktemp("run") / "model"
-    vocabulary = Vocabulary(taxonomy=TAXONOMY, answers=("yes", "no"))
-    checkpoint.export(Trainer(TINY, TrainConfig(), vocabulary), folder)
+    checkpoint.export(Trainer(MODEL, train_config(), VOCABULARY), folder)
     return folder
 
 
@@ -172,7 +156,7 @@ def test_a_registry_without_models_or_champion(
     ("arguments", "says"),
     [
         (["--task", "panoptik"], "unknown task 'panoptik'; did you mean 'panoptic'?"),
-        (["--classes", "red circel"], "did you mean 'red circle'?"),
+        (["--classes", "red squar"], "did you mean 'red square'?"),
         (["--classes", "lava"], "write 'lava:thing' or 'lava:stuff'"),
         (["--task", "referring"], "needs a phrase: give it with --text"),
         (["--task", "vqa", "--text", " "], "needs a question"),
@@ -202,7 +186,7 @@ def test_pictures_that_cannot_be_read(refusal: Refusal, tmp_path: Path, model: P
             ["--task", "semantic", "--classes", "grass, lava:stuff"],
             {"photo-semantic.json", "photo-semantic.png"},
         ),
-        (["--task", "instance", "--classes", "red circle"], {"photo-instance.json", "photo-instance.png"}),
+        (["--task", "instance", "--classes", "red square"], {"photo-instance.json", "photo-instance.png"}),
         (["--task", "referring", "--text", "the circle"], {"photo-referring.json", "photo-referring.png"}),
         (["--task", "captioning"], {"photo-captioning.json", "photo-captioning.png"}),
         (["--task", "vqa", "--text", "how many?"], {"photo-vqa-1.json", "photo-vqa-1.png"}),

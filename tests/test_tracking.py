@@ -9,35 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from tiny import MODEL, VOCABULARY, train_config
 
 from jobs import journal
 from jobs.journal import Follower, MetricRow
 from jobs.tracking import ModelVersion, Tracker, TrackingError, connect
-from schemas.jobs import BackboneConfig, ModelConfig, TextConfig, TrainConfig
-from schemas.taxonomy import Category, Taxonomy
-from xdecoder.prompts import Vocabulary
 from xdecoder.training import checkpoint
 from xdecoder.training.trainer import Trainer
-
-VOCABULARY = Vocabulary(
-    taxonomy=Taxonomy(
-        name="toy",
-        categories=(Category(name="red circle", isthing=True), Category(name="grass", isthing=False)),
-    ),
-    answers=("yes", "no"),
-)
-TINY = ModelConfig(
-    width=32,
-    heads=2,
-    ffn=32,
-    decoder_layers=1,
-    encoder_layers=0,
-    latents=4,
-    init_layers=0,
-    text_contexts=0,
-    backbone=BackboneConfig(name="test_resnet"),
-    text=TextConfig(layers=1, heads=2, context=16),
-)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +29,7 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracker]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that nobody trained."""
     folder = tmp_path_factory.mktemp("run") / "model"
-    checkpoint.export(Trainer(TINY, TrainConfig(), VOCABULARY), folder)
+    checkpoint.export(Trainer(MODEL, train_config(), VOCABULARY), folder)
     return folder
 
 
@@ -106,7 +84,7 @@ def test_a_run_that_this_mlflow_does_not_have_is_not_resumed(tracker: Tracker) -
     assert not tracker.resume("0" * 32)
 
 
-# ------------------------------------------------------------------------------------------------ the registry
+# ------------------------------------------------------------------------------------------- the registry
 
 
 def test_versions_are_found_by_number_alias_and_latest(tracker: Tracker, three: list[ModelVersion]) -> None:

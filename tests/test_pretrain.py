@@ -1,0 +1,155 @@
+"""The running thread, with real Ray and MLflow: train, interrupt, resume, register, evaluate, promote."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import MODEL
+
+from jobs import console, dispatch, journal
+from jobs.console import Outcome
+from jobs.tracking import TrackingError, connect
+from pipelines.catalog import DatasetVersion
+from schemas.jobs import load
+from schemas.tasks import TASKS
+
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
+TINY = [
+    f"model={MODEL.model_dump_json()}",
+    "train.batch={segmentation: 2, image_text: 2}",
+    "train.augment={image_size: 32, image_text_size: 32}",
+    "train.loss.points=64",
+    "train.log_every=1",
+    "train.checkpoint_every=2",
+    "train.max_failures=0",
+]
+QUICK = ["evaluate={limit: 4, pictures: 1, max_caption_tokens: 6}"]
+
+
+@pytest.fixture(scope="module")
+def store(demo_dataset: DatasetVersion) -> Path:
+    """The store that holds the small demo dataset."""
+    return demo_dataset.shards_root.parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def pretrain(store: Path, *overrides: str) -> Outcome:
+    job = load(JOBS / "pretrain.yaml", [*TINY, *QUICK, "train.steps=4", *overrides])
+    return dispatch.run(job, store, "jobs/pretrain.yaml")
+
+
+def curve(store: Path, outcome: Outcome) -> list[tuple[int, float]]:
+    rows = journal.read(store / "runs" / outcome.facts["run"] / "metrics.jsonl")
+    return [(row.step, row.metrics["loss"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def first(store: Path) -> Outcome:
+    return pretrain(store)
+
+
+def test_a_training_leaves_a_tracked_run_and_a_model_with_lineage(
+    store: Path, first: Outcome, demo_dataset: DatasetVersion
+) -> None:
+    tracker = connect(store)
+    version = tracker.version("demo", first.facts["version"])
+    assert version.tags["dataset"] == f"demo@{demo_dataset.id}"
+    assert version.tags["job_file"] == "jobs/pretrain.yaml" and version.tags["code_version"]
+    run = tracker.client.get_run(version.run)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.steps"] == "4"
+    assert {"loss", "lr", "grad_norm", "samples_per_s", "val/panoptic/PQ"} <= run.data.metrics.keys()
+    assert run.inputs.dataset_inputs[0].dataset.digest == demo_dataset.id
+    history = tracker.client.get_metric_history(version.run, "loss")
+    assert [(metric.step, metric.value) for metric in history] == curve(store, first)
+    pictures = tracker.client.list_artifacts(version.run, "evaluation/pictures")
+    assert {Path(p.path).name.partition("-")[0] for p in pictures} >= {"panoptic", "referring", "vqa"}
+
+
+def test_every_task_has_results_with_examples(first: Outcome) -> None:
+    results = first.tables["results"]
+    assert {row["task"] for row in results} == set(TASKS)
+    assert all(row["examples"] > 0 for row in results)
+
+
+def test_the_same_job_again_trains_afresh_with_the_same_curve(store: Path, first: Outcome) -> None:
+    again = pretrain(store)
+    assert again.facts["run"] != first.facts["run"]
+    assert again.facts["version"] != first.facts["version"]
+    assert curve(store, again) == curve(store, first)
+
+
+def test_an_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(
+    store: Path, first: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver dies after training, before anything is evaluated: the run is unfinished and goes on."""
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    name = "name=interrupted"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("jobs.evaluate.measure", killed)
+        pretrain(store, name)
+    (folder,) = (store / "runs").glob("interrupted-*")
+    before = (folder / "metrics.jsonl").read_bytes()
+    outcome = pretrain(store, name)
+    assert outcome.facts["run"] == folder.name
+    assert (folder / "metrics.jsonl").read_bytes() == before, "no step was trained twice"
+    assert curve(store, outcome) == curve(store, first)
+
+
+def test_what_the_cluster_cannot_place_is_refused_at_once(store: Path) -> None:
+    before = sorted((store / "runs").glob("*"))
+    with pytest.raises(ValueError, match="4 worker.*4 CPUs of 2"):
+        pretrain(store, "train.num_workers=4", "train.batch={segmentation: 4, image_text: 4}")
+    with pytest.raises(ValueError, match="1 GPUs of 0"):
+        pretrain(store, "train.use_gpu=true")
+    assert sorted((store / "runs").glob("*")) == before
+
+
+def test_mlflow_that_does_not_answer_stops_a_training_before_it_starts(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9"):
+        pretrain(store, "name=untracked")
+    assert not list((store / "runs").glob("untracked-*"))
+
+
+def test_evaluation_is_computed_once_and_promotion_follows_the_rules(store: Path, first: Outcome) -> None:
+    evaluated = dispatch.run(load(JOBS / "evaluate.yaml", [*QUICK, "version=1"]), store, "jobs/evaluate.yaml")
+    assert evaluated.tables["results"] == first.tables["results"]
+
+    lenient = "promote.rules=[{task: panoptic, metric: PQ, tolerance: 100}]"
+    strict = "promote.rules=[{task: panoptic, metric: PQ, must_improve: true}]"
+    kept = sorted((store / "evaluations").iterdir())
+    outcomes = [
+        dispatch.run(load(JOBS / "promote.yaml", [*QUICK, *overrides]), store, "jobs/promote.yaml")
+        for overrides in (
+            ["promote.candidate=1", lenient],
+            ["promote.candidate=2", strict],
+            ["promote.candidate=2", strict, "promote.require=true"],
+            ["promote.candidate=2", lenient],
+            ["promote.candidate=2", lenient],
+        )
+    ]
+    decisions = [outcome.facts["decision"].partition(":")[0] for outcome in outcomes]
+    assert decisions == ["promoted", "refused", "refused", "promoted", "nothing to decide"]
+    assert [outcome.refused for outcome in outcomes] == [False, False, True, False, False]
+    assert sorted((store / "evaluations").iterdir()) == kept
+    tracker = connect(store)
+    champion = tracker.champion("demo")
+    assert champion is not None and champion.version == 2 and champion.tags["decision"] == "promoted"
+    assert tracker.rollback("demo")[1].version == 1
+
+
+def test_an_outcome_can_be_printed_both_ways(first: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
+    console.report(first, as_json=True)
+    assert json.loads(capsys.readouterr().out)["results"] == first.tables["results"]
+    console.report(first, as_json=False)
+    assert "panoptic" in capsys.readouterr().out
