@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss that is NaN or infinite: the message holds every term and the keys of the samples."""
+    """A loss or gradient that is NaN or infinite: the message names every term and all keys of the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +146,10 @@ class Trainer:
         ):
             terms = self.objective(to_device(batches, self.device))
             loss = total(terms, self.config.loss)
-        self._check(loss, terms, batches)
+        self._check("loss", loss, terms, batches)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
+        self._check("the gradient's norm", norm, terms, batches)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -156,12 +157,15 @@ class Trainer:
         values = {f"loss/{name}": value.item() for name, value in terms.items() if value != 0}
         return {"loss": loss.item(), "lr": rate, "grad_norm": norm.item()} | values
 
-    def _check(self, loss: Tensor, terms: Mapping[str, Tensor], batches: tuple[Batch, ...]) -> None:
-        if torch.isfinite(loss):
+    def _check(
+        self, what: str, value: Tensor, terms: Mapping[str, Tensor], batches: tuple[Batch, ...]
+    ) -> None:
+        if torch.isfinite(value):
             return
-        values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+        self.optimizer.zero_grad(set_to_none=True)
+        values = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
         keys = [key for batch in batches for key in batch.keys]
-        raise NonFiniteLoss(f"step {self.step}: loss is {loss.item()} ({values}); samples {keys}")
+        raise NonFiniteLoss(f"step {self.step}: {what} is {value.item()} ({values}); samples {keys}")
 
 
 class _Window:
