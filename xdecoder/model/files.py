@@ -50,5 +50,10 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[XDecoder, ModelCard]:
     # the weights come from the file, so none are fetched
     backbone = card.model.backbone.model_copy(update={"pretrained": False})
     model = XDecoder(card.model.model_copy(update={"backbone": backbone})).to(device).eval()
-    model.load_state_dict(load_file(folder / WEIGHTS, device=device))
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS, device=device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder / WEIGHTS}: the weights are of another model than {CARD}: {error}"
+        ) from None
     return model, card
