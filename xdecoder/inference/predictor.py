@@ -256,9 +256,12 @@ class Predictor:
     # text
 
     def retrieve(self, images: Sequence[Picture], texts: Sequence[str]) -> RetrievalResult:
-        """How well pictures fit texts: the mean of the decoder's and the backbone's cosine (X-Decoder,
-        2.4).
+        """How well pictures fit texts: the mean of the decoder's and the backbone's cosine (X-Decoder, 2.4).
+
+        Raises `ValueError` without a text.
         """
+        if not texts:
+            raise ValueError("retrieval needs at least one text")
         rows = []
         with torch.no_grad():
             sentences = F.normalize(self._texts(texts).sentence, dim=-1)
@@ -286,8 +289,10 @@ class Predictor:
     ) -> list[TextResult]:
         """The answer to each question, chosen from a list (by default that of the training).
 
-        Raises `ValueError` where there is no list to choose from.
+        Raises `ValueError` without a question, and where there is no list to choose from.
         """
+        if not questions:
+            raise ValueError("answering needs at least one question")
         listed = tuple(answers) if answers is not None else self.vocabulary.answers
         if not listed:
             raise ValueError(
@@ -377,7 +382,7 @@ def read_picture(picture: Picture) -> Array:
     Raises `ValueError` where a file is missing or no picture, or an array has another shape or type.
     """
     if isinstance(picture, np.ndarray):
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
             raise ValueError(f"a picture is uint8[H, W, 3], this is {picture.dtype}{list(picture.shape)}")
         return picture
     if isinstance(picture, Image.Image):
@@ -387,7 +392,7 @@ def read_picture(picture: Picture) -> Array:
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
         raise ValueError(f"{picture}: no such picture") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{picture}: cannot be read as a picture ({error})") from None
 
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss or gradient that is NaN or infinite: the message names every term and all keys of the samples."""
+    """A loss or gradient that is NaN or infinite: the message has every term and the keys of the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
