@@ -1,0 +1,219 @@
+"""Laws of prediction: whatever form a picture has, answers of its own size, and one clear error otherwise."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import COLOURS, MODEL, VOCABULARY, model, samples
+
+from schemas.masks import Array, decode_rle
+from schemas.records import Rle
+from schemas.taxonomy import Taxonomy
+from xdecoder.inference.predictor import Predictor, read_picture
+from xdecoder.model.files import ModelCard, save_model
+
+PHRASES = ("the red square", "blue square", "grass")
+CARD = ModelCard(
+    model=MODEL, taxonomy=VOCABULARY.taxonomy, answers=VOCABULARY.answers, image_size=48, image_text_size=32
+)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return Predictor(model(), CARD, batch=2)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Array]:
+    """Two of different sizes, neither square nor of the training's size."""
+    return [samples(1, height=40, width=70)[0].image, samples(2, height=90, width=50)[1].image]
+
+
+# a name, how to ask it, and what of an answer to compare
+ASK: dict[str, Callable[[Predictor, Any], Any]] = {
+    "panoptic": lambda p, x: p.panoptic([x], object_threshold=0)[0],
+    "semantic": lambda p, x: p.semantic([x])[0],
+    "instance": lambda p, x: p.instance([x], top_k=5)[0],
+    "refer": lambda p, x: p.refer(x, PHRASES),
+    "caption": lambda p, x: p.caption([x], max_tokens=4)[0],
+    "answer": lambda p, x: p.answer(x, ["is it red?", "what is it?"])[1],
+}
+
+
+@pytest.mark.parametrize("task", ASK)
+def test_arrays_pil_images_and_files_give_one_answer(
+    predictor: Predictor, pictures: list[Array], tmp_path: Path, task: str
+) -> None:
+    path = tmp_path / "picture.png"
+    Image.fromarray(pictures[0]).save(path)
+    forms = [pictures[0], Image.fromarray(pictures[0]), path, str(path), Image.open(path).convert("RGBA")]
+    first, *others = [ASK[task](predictor, form).to_json() for form in forms]
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("task", ASK)
+def test_answers_draw_themselves_and_are_json(predictor: Predictor, pictures: list[Array], task: str) -> None:
+    result = ASK[task](predictor, pictures[0])
+    assert json.loads(json.dumps(result.to_json())) == result.to_json()
+    drawn = result.draw()
+    assert isinstance(drawn, Image.Image) and drawn.width >= 70
+    np.testing.assert_array_equal(result.image, pictures[0])
+
+
+def test_answers_have_the_size_of_their_picture(predictor: Predictor, pictures: list[Array]) -> None:
+    both = zip(
+        predictor.panoptic(pictures, object_threshold=0),
+        predictor.semantic(pictures),
+        predictor.instance(pictures),
+        pictures,
+        strict=True,
+    )
+    for panoptic, semantic, instance, picture in both:
+        size = picture.shape[:2]
+        assert panoptic.map.labels.shape == semantic.labels.shape == size
+        assert instance.instances.masks.shape[1:] == size
+        assert predictor.refer(picture, PHRASES).masks.shape == (3, *size)
+
+
+def test_masks_in_json_are_those_of_the_answer(predictor: Predictor, pictures: list[Array]) -> None:
+    result = predictor.semantic(pictures[:1])[0]
+    for row in result.to_json()["classes"]:
+        mask = decode_rle(Rle(size=tuple(row["mask"]["size"]), counts=row["mask"]["counts"]))
+        np.testing.assert_array_equal(mask, result.labels == result.names.index(row["category"]))
+        assert row["area"] == mask.sum()
+
+
+def test_pictures_of_one_size_do_not_disturb_one_another(predictor: Predictor) -> None:
+    images = [sample.image for sample in samples(3)]  # more than a batch holds
+    together = predictor.semantic(images)
+    assert len(together) == 3
+    for image, result in zip(images, together, strict=True):
+        np.testing.assert_array_equal(result.labels, predictor.semantic([image])[0].labels)
+    captions = [result.text for result in predictor.caption(images, max_tokens=4)]
+    assert captions == [predictor.caption([image], max_tokens=4)[0].text for image in images]
+
+
+def test_no_phrase_and_no_question_disturbs_another(predictor: Predictor, pictures: list[Array]) -> None:
+    together = predictor.refer(pictures[0], PHRASES).masks
+    for i, phrase in enumerate(PHRASES):
+        np.testing.assert_array_equal(together[i], predictor.refer(pictures[0], [phrase]).masks[0])
+    questions = ["is it red?", "what is left of the big blue square?"]
+    answers = predictor.answer(pictures[0], questions)
+    for question, result in zip(questions, answers, strict=True):
+        (alone,) = predictor.answer(pictures[0], [question])
+        assert alone.text == result.text and result.question == question
+        assert alone.score == pytest.approx(result.score, rel=1e-4)
+
+
+def test_the_class_list_is_an_argument(predictor: Predictor, pictures: list[Array]) -> None:
+    result = predictor.semantic(pictures[:1], ["zebra", "grass"])[0]
+    assert result.names == ("zebra", "grass") and set(np.unique(result.labels)) <= {0, 1}
+    assert predictor.semantic(pictures[:1])[0].names == tuple(COLOURS)
+    # grass keeps its kind, an unknown name is a thing
+    instances = predictor.instance(pictures[:1], ["zebra", "grass"])[0].instances
+    assert set(instances.labels.tolist()) <= {0}
+
+
+def test_the_answer_comes_from_the_list_that_is_given(predictor: Predictor, pictures: list[Array]) -> None:
+    (own,) = predictor.answer(pictures[0], ["what?"])
+    (given,) = predictor.answer(pictures[0], ["what?"], ["purple"])
+    assert own.text in VOCABULARY.answers and 0 < (own.score or 0) <= 1
+    assert given.text == "purple" and given.score == pytest.approx(1)
+
+
+def test_retrieval_scores_are_cosines_of_every_pair(predictor: Predictor, pictures: list[Array]) -> None:
+    texts = ["a red square", "grass", "a red square"]
+    result = predictor.retrieve([*pictures, pictures[0]], texts)
+    assert result.scores.shape == (3, 3) and (np.abs(result.scores) <= 1.0001).all()
+    np.testing.assert_allclose(result.scores[:, 0], result.scores[:, 2], atol=1e-6)
+    np.testing.assert_allclose(result.scores[0], result.scores[2], atol=1e-5)
+    rows = result.to_json()["texts"]
+    assert json.loads(json.dumps(rows)) == rows
+    for row, column in zip(rows, result.scores.T, strict=True):
+        assert column[row["ranking"][0]] == column.max()
+
+
+def test_a_saved_model_answers_the_same(predictor: Predictor, pictures: list[Array], tmp_path: Path) -> None:
+    save_model(predictor.model, CARD, tmp_path)
+    again = Predictor.load(tmp_path)
+    for ask in ASK.values():
+        assert ask(again, pictures[0]).to_json() == ask(predictor, pictures[0]).to_json()
+    texts = ["a red square", "grass"]
+    np.testing.assert_array_equal(
+        again.retrieve(pictures[:1], texts).scores, predictor.retrieve(pictures[:1], texts).scores
+    )
+
+
+def test_predicting_leaves_no_gradients(predictor: Predictor, pictures: list[Array]) -> None:
+    for ask in ASK.values():
+        ask(predictor, pictures[0])
+    assert torch.is_grad_enabled()
+    assert all(p.grad is None for p in predictor.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((4, 4, 3)), r"uint8\[H, W, 3\], this is float64\[4, 4, 3\]"),
+        (np.zeros((4, 4), dtype=np.uint8), r"this is uint8\[4, 4\]"),
+        (np.zeros((3, 4, 4), dtype=np.uint8), r"this is uint8\[3, 4, 4\]"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), r"this is uint8\[0, 4, 3\]"),
+    ],
+)
+def test_an_array_that_is_no_picture_is_refused(array: Array, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_picture(array)
+
+
+def test_files_that_are_no_pictures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"gone\.png: no such picture"):
+        read_picture(tmp_path / "gone.png")
+    words = tmp_path / "words.png"
+    words.write_text("no picture")
+    with pytest.raises(ValueError, match=r"words\.png: cannot be read as a picture"):
+        read_picture(words)
+    Image.fromarray(samples(1)[0].image).resize((300, 300)).save(tmp_path / "half.png")
+    whole = (tmp_path / "half.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"half\.png: cannot be read as a picture"):
+        read_picture(tmp_path / "half.png")
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        read_picture(tmp_path)
+    (tmp_path / "bomb.png").write_bytes(whole)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"bomb\.png: cannot be read as a picture"):
+        read_picture(tmp_path / "bomb.png")
+
+
+def test_nothing_to_answer_is_an_error(predictor: Predictor, pictures: list[Array]) -> None:
+    with pytest.raises(ValueError, match="at least one phrase"):
+        predictor.refer(pictures[0], [])
+    with pytest.raises(ValueError, match="at least one question"):
+        predictor.answer(pictures[0], [])
+    with pytest.raises(ValueError, match="at least one text"):
+        predictor.retrieve(pictures, [])
+    with pytest.raises(ValueError, match="no pictures"):
+        predictor.caption([])
+    with pytest.raises(ValueError, match="no pictures"):
+        predictor.panoptic([])
+    with pytest.raises(ValueError, match="no classes"):
+        predictor.semantic(pictures, [])
+    with pytest.raises(ValueError, match=r"stand twice: \['grass'\]"):
+        predictor.semantic(pictures, ["grass", "grass"])
+
+
+def test_a_model_without_answers_asks_for_a_list(pictures: list[Array]) -> None:
+    silent = Predictor(model(), CARD.model_copy(update={"answers": ()}))
+    with pytest.raises(ValueError, match="no answers to choose from.*give a list"):
+        silent.answer(pictures[0], ["what?"])
+    assert silent.answer(pictures[0], ["what?"], ["a", "b"])[0].text in ("a", "b")
+
+
+def test_a_taxonomy_decides_what_is_a_thing(predictor: Predictor, pictures: list[Array]) -> None:
+    stuff = Taxonomy.model_validate({"name": "s", "categories": [{"name": "zebra", "isthing": False}]})
+    assert len(predictor.instance(pictures[:1], stuff)[0].instances.masks) == 0
