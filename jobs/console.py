@@ -12,14 +12,15 @@ from typing import Any
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
-NOISY = ("ray", "ray.train", "mlflow", "alembic", "webdataset", "urllib3", "PIL", "matplotlib", "httpx")
+OURS = ("schemas", "pipelines", "xdecoder", "jobs")
 
 
 def configure() -> None:
-    """Our log lines at INFO on stderr, other people's from WARNING on. Also for worker processes."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Our log lines from INFO on, other people's from WARNING on, to stderr. Also for worker processes."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().setLevel(logging.WARNING)  # Ray has configured the root of its workers
+    for name in OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str = "nothing") -> None:

@@ -113,7 +113,8 @@ def _answer(predictor: Predictor, request: Request) -> list[Answer]:
 
 def _retrieve(predictor: Predictor, request: Request) -> list[Answer]:
     ranked = predictor.retrieve(request.images, _texts(request, "a text to rank by"))
-    document = {"images": [str(image) for image in request.images], **ranked.to_json()}
+    images = [str(i) if isinstance(i, str | Path) else f"image {n}" for n, i in enumerate(request.images)]
+    document = {"images": images, **ranked.to_json()}
     return [Answer(name="retrieval", document=document, picture=None)]
 
 
