@@ -3,8 +3,7 @@
     python -m benchmarks.real_data overfit ../shared/data/coco      8 photographs by heart: PQ >= 85
     python -m benchmarks.real_data nuclei ../shared/data/nuclei     microscopy: falling loss, rising PQ
 
-Each builds a dataset version with Ray Data, trains without tracking, and scores by the evaluator. Figures and the
-machine they come from stand in benchmarks/README.md.
+Each builds a dataset version with Ray Data, trains without tracking, and scores by the evaluator.
 """
 
 import argparse

@@ -18,14 +18,15 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (36, 70, 222),
     "yellow": (246, 218, 36),
     "purple": (150, 44, 190),
+    "orange": (250, 130, 20),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "cross")
 THINGS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-STUFF = ("grass", "water", "sand", "sky", "brick", "snow")
+STUFF = ("grass", "water", "sand", "sky", "brick", "snow", "wood", "tiles", "field", "heath")
 
 # Chosen by us, so that a 6 M-parameter model learns this world at 64 px in minutes on two cores.
 UNIT = 64
-SMALLEST, LARGEST = 9.0, 32.0
+SMALLEST, LARGEST = 11.0, 36.0
 NUM_THINGS_SHARES = (0.10, 0.25, 0.30, 0.35)  # of images with 1, 2, 3 and 4 things
 REPEAT_SHARE = 0.3  # of things that take the class of an earlier one
 CROWD_SHARE = 0.08
@@ -168,10 +169,8 @@ def _shape(shape: str, dx: Array, dy: Array, half: float, turn: float) -> Array:
             return u**2 + v**2 <= 1
         case "square":
             return np.maximum(abs(u), abs(v)) <= 0.88
-        case "triangle":
-            return (v <= 0.8) & (abs(u) <= (v + 1) / 1.8)
         case "cross":
-            return (np.minimum(abs(u), abs(v)) <= 0.34) & (np.maximum(abs(u), abs(v)) <= 1)
+            return (np.minimum(abs(u), abs(v)) <= 0.32) & (np.maximum(abs(u), abs(v)) <= 1)
     raise AssertionError(shape)
 
 
@@ -245,6 +244,19 @@ def _texture(name: str, rng: Rng, x: Array, y: Array) -> Array:
             return np.where(mortar[..., None], np.array([196, 184, 170]), np.array([146, 92, 74]))
         case "snow":
             return np.array([236, 238, 242]) - 60.0 * (_grain(rng, size, 1.0) > 1.7)
+        case "wood":
+            return (
+                np.array([122, 88, 56])
+                + 22 * np.sin(x * 0.9 + 2 * np.sin(y / 9 + rng.uniform(0, 6)))[..., None]
+            )
+        case "tiles":
+            check = (x // 8 + y // 8) % 2 == 0
+            return np.where(check[..., None], np.array([196, 196, 186]), np.array([132, 140, 140]))
+        case "field":
+            furrow = (y + rng.uniform(0, 5)) % 5 < 2
+            return np.where(furrow[..., None], np.array([150, 152, 70]), np.array([190, 186, 104]))
+        case "heath":
+            return np.array([150, 104, 140]) + _grain(rng, size, 20.0, stretch=2)
     raise AssertionError(name)
 
 

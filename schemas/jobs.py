@@ -30,11 +30,11 @@ class Settings(BaseModel):
 
 
 class BackboneConfig(Settings):
-    """A timm model with `features_only`: `out_indices` picks four feature maps, finest first."""
+    """A timm model with `features_only`: `out_indices` picks three or four feature maps, finest first."""
 
     name: str = "focalnet_tiny_srf"
     pretrained: bool = False
-    out_indices: tuple[int, int, int, int] = (0, 1, 2, 3)
+    out_indices: tuple[NonNegative, ...] = Field(default=(0, 1, 2, 3), min_length=3, max_length=4)
     options: dict[str, Any] = Field(default={}, description="passed to timm.create_model, e.g. channels")
 
 

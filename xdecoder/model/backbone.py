@@ -14,7 +14,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Module):
-    """float32[B, 3, H, W] in [0, 1] -> four maps float32[B, C_i, H / stride_i, W / stride_i], finest first.
+    """float32[B, 3, H, W] in [0, 1] -> maps float32[B, C_i, H / stride_i, W / stride_i], finest first.
 
     Raises `ValueError` where timm knows no model of that name.
     """

@@ -32,9 +32,10 @@ def _conv(inputs: int, outputs: int, size: int, *, norm: bool) -> nn.Sequential:
 
 
 class PixelDecoder(nn.Module):
-    """Four maps, finest first -> (mask features float[B, D, h0, w0], three levels, coarsest first).
+    """Maps, finest first -> (mask features float[B, D, h0, w0], three levels, coarsest first).
 
-    The finest map of the backbone carries the mask features; the decoder attends to the three coarser ones.
+    The finest map carries the mask features, the decoder attends to the three coarsest: of four maps
+    (X-Decoder) these differ, of three the finest does both.
     """
 
     def __init__(self, channels: list[int], width: int, heads: int, ffn: int, layers: int) -> None:
@@ -56,7 +57,7 @@ class PixelDecoder(nn.Module):
             y = lateral(feature) + F.interpolate(y, size=feature.shape[-2:], mode="nearest")
             y = F.relu(output(y))
             levels.append(y)
-        return self.mask_features(y), levels[:-1]
+        return self.mask_features(y), levels[:3]
 
     def _encode(self, x: Tensor, padding: Tensor) -> Tensor:
         """`padding` bool[B, H, W] of the input picture; a cell is padding where its nearest pixel is."""
