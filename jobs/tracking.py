@@ -79,7 +79,10 @@ class Tracker:
 
     def __init__(self, uri: str, artifacts: str | None) -> None:
         self.uri, self.artifacts = uri, artifacts
+        said = os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(uri)
+        if said is None:  # MLflow writes the variable: the next store would be taken for this one
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
         self.client = mlflow.MlflowClient(uri)
 
     @_explained

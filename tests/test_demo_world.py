@@ -289,7 +289,7 @@ def test_answers_are_true_and_balanced(scenes: list[Scene]) -> None:
 
 def answer(scene: Scene, question: str) -> str:
     """A second opinion, from the words of the question."""
-    singular = question.rstrip("?")
+    singular = question.rstrip("?").replace("crosses", "cross")
     words = [word.removesuffix("s") if word[:-1] in (*SHAPES, "shape") else word for word in singular.split()]
     if words[0] == "what":
         (thing,) = named(scene, words)

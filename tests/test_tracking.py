@@ -196,3 +196,11 @@ def test_the_curve_counts_a_repeated_step_once_and_survives_a_cut_line(tmp_path:
         file.write('{"step": 4, "ti\n{"step": 5')
     curve = journal.read(path)
     assert [(row.step, row.metrics) for row in curve] == [(1, {"loss": 9.0}), (2, {"loss": 7.0}), (3, {})]
+
+
+def test_each_store_keeps_its_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow exports the address of the first store to the environment; the second must not follow it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    first, second = connect(tmp_path / "a"), connect(tmp_path / "b")
+    assert first.uri != second.uri
+    assert "MLFLOW_TRACKING_URI" not in os.environ
