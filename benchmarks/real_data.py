@@ -47,7 +47,6 @@ class Trial:
     """What is read, at which size it is learnt, for how long, and what is scored."""
 
     corpora: tuple[CorpusConfig, ...]
-    scored: str
     side: int
     batch: int
     steps: int
@@ -71,7 +70,6 @@ def overfit(root: Path) -> Trial:
     )
     return Trial(
         corpora=(corpus,),
-        scored="train",
         side=256,
         batch=8,
         steps=700,
@@ -95,7 +93,6 @@ def nuclei(root: Path) -> Trial:
     )
     return Trial(
         corpora=(corpus,),
-        scored="train",
         side=256,
         batch=8,
         steps=300,

@@ -2,10 +2,6 @@
 or not.
 """
 
-from functools import cache
-from importlib import resources
-
-import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
 
@@ -51,17 +47,3 @@ class Taxonomy(BaseModel):
     def seen(self) -> "Taxonomy":
         """The same taxonomy without the classes that have no mask in training."""
         return Taxonomy(name=self.name, categories=tuple(c for c in self.categories if c.seen))
-
-
-@cache
-def shipped(name: str) -> Taxonomy:
-    """A taxonomy that ships with the project (`schemas/taxonomies/NAME.yaml`).
-
-    Raises `ValueError` naming the ones that exist.
-    """
-    folder = resources.files("schemas") / "taxonomies"
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        choices = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
-        raise ValueError(f"no taxonomy {name!r} ships with the project; choose one of {choices}")
-    return Taxonomy.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -21,7 +21,7 @@ def ray_session() -> Iterator[None]:
     """A local Ray of two CPUs."""
     import ray  # here, so that tests that need no Ray start at once
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

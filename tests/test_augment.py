@@ -7,7 +7,7 @@ from tiny import COLOURS, samples
 from schemas.jobs import AugmentConfig
 from schemas.masks import Array, encode_rle
 from schemas.records import Question, Referring, Sample, SampleMeta, Segment
-from xdecoder.training.augment import PAD_VALUE, View, fitted, jittered, resized
+from xdecoder.training.augment import PAD_VALUE, View, jittered, resized
 
 SQUARE = AugmentConfig(image_size=64, scale=(1, 1), flip=0, image_text_size=48)
 FLIPPED = SQUARE.model_copy(update={"flip": 1})
@@ -134,16 +134,21 @@ def test_windows_reach_every_corner() -> None:
     assert {1, 6, 19, 24} <= seen
 
 
-def test_image_text_views_are_squeezed_and_evaluation_views_are_not() -> None:
+def still(side: int) -> AugmentConfig:
+    """Nothing random: the whole picture, its long side `side`."""
+    return AugmentConfig(image_size=side, scale=(1, 1), flip=0)
+
+
+def test_image_text_views_are_squeezed_and_still_views_are_not() -> None:
     squeezed = resized(blocks(), SQUARE, np.random.default_rng(0))
     assert squeezed.size == (48, 48) and agreement(squeezed) > 0.5
-    whole = fitted(blocks(), 45)
+    whole = jittered(blocks(), still(45), np.random.default_rng(0))
     assert whole.size == (30, 45) and whole.image.shape == (45, 45, 3)
 
 
 def test_a_picture_of_one_size_is_not_touched() -> None:
     (sample,) = samples(1, height=64, width=64)
-    view = fitted(sample, 64)
+    view = jittered(sample, still(64), np.random.default_rng(0))
     np.testing.assert_array_equal(view.image, sample.image)
     assert view.labels is not None and sample.labels is not None
     np.testing.assert_array_equal(view.labels, sample.labels)

@@ -26,9 +26,8 @@ from xdecoder.inference import draw, generate, postprocess
 from xdecoder.inference.postprocess import Frame, Instances, PanopticMap
 from xdecoder.model.decoder import Pixels
 from xdecoder.model.files import ModelCard, load_model
-from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import ClassTexts, XDecoder
-from xdecoder.prompts import tokenize
+from xdecoder.training.augment import PAD_VALUE
 from xdecoder.training.losses import answer_logits, pack
 
 Picture = str | Path | Image.Image | Array
@@ -240,7 +239,7 @@ class Predictor:
         with torch.no_grad():
             for start in range(0, len(phrases), self.batch):
                 some = phrases[start : start + self.batch]
-                text, sentences = pack(self._texts(some), [1] * len(some))
+                text, sentences = pack(self.model.encode_texts(some), [1] * len(some))
                 where = torch.zeros(len(some), dtype=torch.int64, device=self.device)
                 final = self.model.ask(
                     pixels, "referring", where, self._task("referring", len(some)), text
@@ -264,7 +263,7 @@ class Predictor:
             raise ValueError("retrieval needs at least one text")
         rows = []
         with torch.no_grad():
-            sentences = F.normalize(self._texts(texts).sentence, dim=-1)
+            sentences = F.normalize(self.model.encode_texts(texts).sentence, dim=-1)
             for pixels, arrays in self._squared(images):
                 where = torch.arange(len(arrays), device=self.device)
                 final = self.model.ask(
@@ -300,10 +299,12 @@ class Predictor:
             )
         with torch.no_grad():
             pixels, arrays = next(self._squared([image]))
-            text = self._texts(questions)
+            text = self.model.encode_texts(questions)
             where = torch.zeros(len(questions), dtype=torch.int64, device=self.device)
             final = self.model.ask(pixels, "vqa", where, self._task("vqa", len(questions)), text).final
-            probs = answer_logits(self.model, final, text, self._texts(listed).sentence).softmax(-1)
+            probs = answer_logits(self.model, final, text, self.model.encode_texts(listed).sentence).softmax(
+                -1
+            )
         best = [(int(p.argmax()), float(p.max())) for p in probs]
         return [
             TextResult(image=arrays[0], text=listed[i], question=q, score=s)
@@ -324,9 +325,6 @@ class Predictor:
 
     def _task(self, task: Task, rows: int) -> Tensor:
         return self._tasks[TASKS.index(task)].expand(rows, -1)
-
-    def _texts(self, texts: Sequence[str]) -> TextFeatures:
-        return self.model.text(tokenize(texts, self.model.text.context).to(self.device))
 
     @torch.no_grad()
     def _segments(
@@ -349,7 +347,7 @@ class Predictor:
             side, stride = self.card.image_size, self.model.stride
             sizes = [_fit(a.shape[:2], side) for a in arrays]
             padded = tuple(-(-max(s[i] for s in sizes) // stride) * stride for i in (0, 1))
-            canvas = torch.full((len(arrays), 3, *padded), 128 / 255)
+            canvas = torch.full((len(arrays), 3, *padded), PAD_VALUE / 255)
             padding = torch.ones(len(arrays), *padded, dtype=torch.bool)
             for i, (array, (height, width)) in enumerate(zip(arrays, sizes, strict=True)):
                 canvas[i, :, :height, :width] = _tensor(array, (height, width))

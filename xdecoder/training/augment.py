@@ -107,14 +107,6 @@ def resized(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> 
     return _view(sample, _Geometry(scaled=(side, side), corner=(0, 0), side=side, flip=flip))
 
 
-def fitted(sample: Sample, side: int) -> View:
-    """The whole picture, its long side `side`, nothing random: the view for evaluation."""
-    height, width = sample.image.shape[:2]
-    fit = side / max(height, width)
-    scaled = (max(1, round(height * fit)), max(1, round(width * fit)))
-    return _view(sample, _Geometry(scaled=scaled, corner=(0, 0), side=side, flip=False))
-
-
 def _view(sample: Sample, geometry: _Geometry) -> View:
     words = mirror if geometry.flip else str
     referring = sample.meta.referring
