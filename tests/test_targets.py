@@ -5,11 +5,12 @@ import pytest
 import torch
 from tiny import MODEL, TAXONOMY, VOCABULARY, bare, samples, train_config
 
-from schemas.records import Question, Segment
+from schemas.jobs import AugmentConfig
+from schemas.records import Question, Sample, Segment
 from schemas.tasks import TASKS, Task
 from xdecoder.prompts import detokenize
 from xdecoder.tasks import ALTERNATIVES, TABLE, BatchMaker, Setting
-from xdecoder.training.augment import fitted
+from xdecoder.training.augment import View, jittered
 from xdecoder.training.batch import (
     AnswerTargets,
     Batch,
@@ -54,6 +55,11 @@ def maker(*tasks: Task, **changes: object) -> BatchMaker:
 def only(batch: Batch) -> object:
     (work,) = batch.works
     return work.targets
+
+
+def still(sample: Sample) -> View:
+    """The whole picture, nothing random."""
+    return jittered(sample, AugmentConfig(image_size=32, scale=(1, 1), flip=0), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("task", ALTERNATIVES)
@@ -127,7 +133,7 @@ def test_phrases_are_bounded_and_those_out_of_view_are_left_out() -> None:
     targets = only(maker("referring", max_phrases=1)(samples(2), [0, 1]))
     assert isinstance(targets, PhraseTargets) and targets.counts == (1, 1)
     sample = samples(1)[0]
-    view = fitted(sample, 32)
+    view = still(sample)
     view.masks[0] = False  # as a crop may do
     setting = maker("referring").setting
     _, phrases = TABLE["referring"].truth(view, setting, np.random.default_rng(0))  # type: ignore[misc]
@@ -159,7 +165,7 @@ def test_a_question_without_a_listed_answer_is_not_asked() -> None:
     sample = samples(1)[0]
     odd = Question(question="why?", answers=("because",), kind="why")
     meta = sample.meta.model_copy(update={"questions": (odd,)})
-    view = fitted(type(sample)(meta=meta, image=sample.image, labels=sample.labels), 32)
+    view = still(type(sample)(meta=meta, image=sample.image, labels=sample.labels))
     assert TABLE["vqa"].truth(view, maker("vqa").setting, np.random.default_rng(0)) is None
 
 
