@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
@@ -97,7 +98,7 @@ def make_scene(rng: Rng, size: int, classes: Sequence[str] = THINGS) -> Scene:
     placed = _place(rng, x, y, classes)
     for thing in placed:
         colour = np.array(COLOURS[thing.name.split()[0]]) + rng.uniform(-14, 14, 3)
-        image[thing.outline] = colour
+        image[thing.outline] = (colour * _light(thing)[..., None])[thing.outline]
     image += rng.normal(0, 4, image.shape)
     covered = np.any([thing.outline for thing in placed], axis=0) | void
     ground = [Ground(name=name, mask=region & ~covered) for name, region in regions]
@@ -172,6 +173,14 @@ def _shape(shape: str, dx: Array, dy: Array, half: float, turn: float) -> Array:
         case "cross":
             return (np.minimum(abs(u), abs(v)) <= 0.32) & (np.maximum(abs(u), abs(v)) <= 1)
     raise AssertionError(shape)
+
+
+def _light(thing: _Placed) -> Array:
+    """float64[S, S], a factor on the colour: circles are lit like balls, everything else is flat."""
+    if thing.name.split()[1] != "circle":
+        return np.ones(thing.outline.shape)
+    depth = distance_transform_edt(thing.outline)
+    return 0.55 + 0.6 * np.sqrt(depth / depth.max())
 
 
 def _visible_shares(placed: Sequence[_Placed]) -> list[float]:

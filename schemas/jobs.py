@@ -61,6 +61,10 @@ class ModelConfig(Settings):
         default=True, description="task token, task-guided query initialisation (OneFormer)"
     )
     init_layers: NonNegative = Field(default=2, description="layers of the task-guided query initialisation")
+    mask_pooling: bool = Field(
+        default=False,
+        description="a query's meaning joins the features under its own mask: learns names sooner",
+    )
     text_contexts: NonNegative = Field(
         default=16, description="learnable vectors in the query-text list (OneFormer N_ctx)"
     )
@@ -83,6 +87,11 @@ class LossConfig(Settings):
     """Weights of the loss terms (a term without a weight is an error), and how they are computed."""
 
     class_ce: float = Field(default=2.0, ge=0)
+    region_ce: float = Field(
+        default=0.0,
+        ge=0,
+        description="names of the true regions by their looks alone; needs model.mask_pooling",
+    )
     mask_bce: float = Field(default=5.0, ge=0)
     mask_dice: float = Field(default=5.0, ge=0)
     query_text: float = Field(default=0.5, ge=0)
@@ -99,6 +108,9 @@ class LossConfig(Settings):
     importance: Fraction = 0.75
     top_layers: Positive = Field(
         default=3, description="captioning, retrieval, grounding: on this many last layers"
+    )
+    class_layers: NonNegative = Field(
+        default=0, description="class_ce: on this many last predictions; 0 is all of them, as in the papers"
     )
 
 
@@ -312,6 +324,12 @@ class PretrainJob(Job):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _regions_need_pooling(self) -> "PretrainJob":
+        if self.train.loss.region_ce and not self.model.mask_pooling:
+            raise ValueError("train.loss.region_ce needs model.mask_pooling=true")
+        return self
 
 
 class EvaluateJob(Job):

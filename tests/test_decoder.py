@@ -196,7 +196,8 @@ def test_texts_of_different_length_do_not_disturb_one_another(deep: XDecoder) ->
             torch.testing.assert_close(together.text[row, :length], alone.text[0], atol=1e-5, rtol=1e-4)
 
 
-def test_a_mask_that_blocks_everything_blocks_nothing(deep: XDecoder) -> None:
+def test_a_mask_that_blocks_everything_blocks_nothing() -> None:
+    deep = model(decoder_layers=3, mask_pooling=False).requires_grad_(False)
     pixels = encode(deep)
 
     def with_masks(sign: float) -> Pixels:
@@ -290,3 +291,27 @@ def _same(together: Outputs, alone: Outputs, row: int) -> None:
         for field in ("semantic", "image", "mask_embed", "text"):
             if getattr(a, field) is not None:
                 torch.testing.assert_close(getattr(a, field)[row], getattr(b, field)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_mask_pooling_names_a_query_by_what_its_mask_covers(deep: XDecoder) -> None:
+    pixels = encode(deep)
+    plain = model(decoder_layers=3, mask_pooling=False).requires_grad_(False)
+    plain.load_state_dict(deep.state_dict(), strict=False)
+    task, rows = deep.text(deep.task_ids).sentence[:1], torch.tensor([0])
+    pooled, without = (of.ask(pixels, "segmentation", rows, task).predictions for of in (deep, plain))
+    level, pooling = pixels.levels[-1], deep.decoder.pooling
+    assert pooling is not None
+    for with_it, bare in zip(pooled, without, strict=True):
+        torch.testing.assert_close(with_it.mask_embed, bare.mask_embed)  # masks do not depend on names
+        shares = (with_it.mask_embed[0] @ level.mask_features[0]).sigmoid()
+        looks = (shares / shares.sum(1, keepdim=True)) @ level.memory[0]
+        added = deep.decoder.class_embed(pooling.norm(pooling.project(looks)))
+        torch.testing.assert_close(with_it.semantic[0], bare.semantic[0] + added, rtol=1e-4, atol=1e-5)
+
+
+def test_a_region_is_named_by_its_own_pixels(deep: XDecoder) -> None:
+    masks = torch.zeros(1, 3, 64, 64)
+    masks[0, 0, :32], masks[0, 1, 32:], masks[0, 2, :32] = 1, 1, 1
+    top, bottom, again = deep.decoder.name_regions(encode(deep), torch.tensor([0]), masks)[0]
+    assert torch.equal(top, again) and not torch.allclose(top, bottom, atol=1e-3)
+    assert deep.decoder.name_regions(encode(deep), torch.tensor([0]), masks[:, :0]).shape == (1, 0, 32)

@@ -47,6 +47,7 @@ def test_the_four_jobs_speak_of_the_same_dataset_model_and_measurement() -> None
         ("train.task_sampling=[0.5, 0.5, 0.5]", "must sum to 1"),
         ("model.heads=7", "cannot be divided by heads 7"),
         ("model.width=[1]", "model.width"),
+        ("model.mask_pooling=false", "region_ce needs model.mask_pooling=true"),
         ("kind=pretrian", "did you mean 'pretrain'?"),
         ("name=a/b", "name: String should match pattern"),
         ("train.steps", "write it as a.b=value"),

@@ -28,6 +28,7 @@ from xdecoder.training.matcher import sample_points
 from xdecoder.training.trainer import Objective
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
+LOSS = LossConfig(points=64, region_ce=1)
 
 
 def pair(queries: list[int], targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -76,6 +77,50 @@ def test_class_loss_equals_its_formula() -> None:
                 below += weight
         expected += above / below
     assert losses.class_loss(logits, labels, pairs, 0.1).item() == pytest.approx(expected, rel=1e-5)
+
+
+def terms_of(of: XDecoder, batch: Batch, **loss: object) -> losses.Terms:
+    torch.manual_seed(3)  # the points of the matcher
+    (work,) = batch.works
+    return losses.segmentation(scene_of(of, batch, **loss), work, of.text(work.targets.texts))
+
+
+def test_names_can_be_learnt_from_the_last_predictions_alone() -> None:
+    of, batch = model(), batch_of("panoptic")
+    last, two, every, more = (terms_of(of, batch, class_layers=n)["class_ce"].item() for n in (1, 2, 0, 9))
+    assert 0 < last < two < every == more  # a prediction before the first layer and after each of two
+    gradients = torch.autograd.grad(
+        terms_of(of, batch, class_layers=1)["class_ce"], list(of.parameters()), allow_unused=True
+    )
+    assert all(g is None or torch.isfinite(g).all() for g in gradients)
+
+
+def test_region_loss_equals_its_formula() -> None:
+    of, batch = model(), batch_of("panoptic")
+    (work,) = batch.works
+    assert isinstance(work.targets, MaskTargets)
+    scene = scene_of(of, batch)
+    level, pooling = scene.pixels.levels[-1], of.decoder.pooling
+    assert pooling is not None
+    expected = []
+    for row, image in enumerate(work.images.tolist()):
+        for mask, label in zip(work.targets.masks[row], work.targets.labels[row].tolist(), strict=True):
+            if label < 0:
+                continue
+            height, width = level.grid
+            cells = mask.unflatten(0, (height, -1)).unflatten(2, (width, -1)).mean((1, 3)).flatten()
+            looks = pooling.norm(pooling.project((cells / cells.sum()) @ level.memory[image]))
+            logits = of.similarity(of.decoder.class_embed(looks), scene.classes)
+            expected.append(-logits.log_softmax(0)[label].item())
+    assert len(expected) == sum(work.targets.counts) > 4
+    assert terms_of(of, batch)["region_ce"].item() == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_a_model_without_mask_pooling_learns_as_in_the_papers() -> None:
+    of, batch = model(mask_pooling=False), batch_of("panoptic")
+    assert set(terms_of(of, batch, region_ce=0)) == {"class_ce", "mask_bce", "mask_dice", "query_text"}
+    with pytest.raises(RuntimeError, match="mask_pooling is off"):
+        terms_of(of, batch, region_ce=1)
 
 
 # --------------------------------------------------------------------------------------------- masks
@@ -237,7 +282,7 @@ def scene_of(of: XDecoder, batch: Batch, **loss: float) -> Scene:
         classes=classes.embed(of.text(classes.ids).sentence),
         answers=of.encode_texts(VOCABULARY.answers).sentence,
         tasks=of.text(of.task_ids).sentence,
-        config=LossConfig(points=64, **loss),  # type: ignore[arg-type]
+        config=LOSS.model_copy(update=loss),  # type: ignore[arg-type]
     )
 
 
@@ -294,9 +339,10 @@ def test_segmentation_without_targets_is_finite_and_connected() -> None:
     )
     work = Work(kind="semantic", tasks=("panoptic", "panoptic"), images=torch.tensor([0, 1]), targets=empty)
     terms = losses.segmentation(scene_of(of, batch), work, of.text(empty.texts))
-    loss = losses.total(terms, LossConfig())
+    loss = losses.total(terms, LOSS)
     loss.backward()
-    assert torch.isfinite(loss) and terms["mask_bce"].item() == terms["mask_dice"].item() == 0
+    assert torch.isfinite(loss) and terms["region_ce"].item() == 0
+    assert terms["mask_bce"].item() == terms["mask_dice"].item() == 0
     assert terms["class_ce"].item() > 0  # every latent learns to be background
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in of.parameters())
 
@@ -315,14 +361,14 @@ def test_pictures_that_tell_of_no_task_cost_nothing() -> None:
     mute = [bare(sample) for sample in samples(2)]
     batches = tuple(BatchMaker(stream=s, setting=setting)(mute, [0, 1]) for s in STREAM_FIELDS)
     of = model()
-    loss = losses.total(Objective(of, LossConfig(points=64), VOCABULARY)(batches), LossConfig())
+    loss = losses.total(Objective(of, LOSS, VOCABULARY)(batches), LOSS)
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in of.parameters())
 
 
 def test_every_task_alone_gives_its_own_terms() -> None:
-    masks = {"class_ce", "mask_bce", "mask_dice", "query_text"}
+    masks = {"class_ce", "region_ce", "mask_bce", "mask_dice", "query_text"}
     expected = {
         "semantic": masks,
         "instance": masks,
@@ -332,7 +378,7 @@ def test_every_task_alone_gives_its_own_terms() -> None:
         "captioning": {"captioning"},
         "vqa": {"vqa"},
     }
-    objective = Objective(model(), LossConfig(points=64), VOCABULARY)
+    objective = Objective(model(), LOSS, VOCABULARY)
     for task in TASKS:
         terms = objective((batch_of(task),))
         assert set(terms) == expected[task]
@@ -403,9 +449,9 @@ def uneven_rank(rank: int, folder: Path) -> None:
     of = model().train()
     torch.manual_seed(rank)
     parallel = nn.parallel.DistributedDataParallel(
-        Objective(of, LossConfig(points=64), VOCABULARY), find_unused_parameters=True
+        Objective(of, LOSS, VOCABULARY), find_unused_parameters=True
     )
-    losses.total(parallel(batches), LossConfig()).backward()
+    losses.total(parallel(batches), LOSS).backward()
     total = torch.stack([p.grad.norm() for p in of.parameters() if p.grad is not None]).norm()
     torch.save({"norm": total}, folder / f"{rank}.pt")
 

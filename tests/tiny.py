@@ -38,6 +38,7 @@ MODEL = ModelConfig(
     encoder_layers=1,
     latents=8,
     init_layers=1,
+    mask_pooling=True,
     text_contexts=2,
     backbone=BackboneConfig(name="resnet10t", options={"stem_type": "", "norm_layer": "groupnorm"}),
     text=TextConfig(layers=1, heads=2, context=20),
@@ -64,7 +65,7 @@ def train_config(**changes: Any) -> TrainConfig:
         "optim": OptimConfig(
             lr=1e-3, backbone_scale=1, text_scale=1, warmup_steps=0, schedule="constant", weight_decay=0.01
         ),
-        "loss": LossConfig(points=64),
+        "loss": LossConfig(points=64, region_ce=1),
         "log_every": 1,
     }
     return TrainConfig(**(settings | changes))

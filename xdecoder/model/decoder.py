@@ -89,10 +89,12 @@ PATTERNS: dict[PatternName, Pattern] = {
 class Level:
     """One map of the pyramid, flattened: what the cross-attention of a layer needs of it.
 
+    grid           h and w
     memory         float[B, hw, D], values before projection;  positions  float[B, hw, D], added to the keys
     padding        bool[B, hw];  mask_features  float[B, D, hw], resized from the finest map
     """
 
+    grid: tuple[int, int]
     memory: Tensor
     positions: Tensor
     padding: Tensor
@@ -217,6 +219,23 @@ class _QueryInit(nn.Module):
         return x
 
 
+class _MaskPooling(nn.Module):
+    """The features under a mask, averaged: float[R, O, hw] in [0, 1], float[R, hw, D] -> float[R, O, D].
+
+    In the papers a query learns what is under its mask by attention alone; from scratch that takes thousands
+    of steps. Pooling says it from the first step (OpenSeg, 2022, names segments by it alone).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+
+    def forward(self, shares: Tensor, memory: Tensor) -> Tensor:
+        shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-3)
+        pooled: Tensor = self.norm(self.project(shares @ memory))
+        return pooled
+
+
 class Decoder(nn.Module):
     """Answers requests about encoded images."""
 
@@ -232,6 +251,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.class_embed = matrix(width, width)
         self.mask_embed = Mlp(width, 3)
+        self.pooling = _MaskPooling(width) if config.mask_pooling else None
         self.task_mlp: nn.Module | None = None
         if config.task_tokens:
             self.task_mlp = Mlp(width, 2)
@@ -243,13 +263,27 @@ class Decoder(nn.Module):
         deaf = self._self_mask(pattern, request, x)
         silent = 0 if pattern.looks or request.text is None else request.text.tokens.shape[1]
         looking = x.shape[1] - silent
-        predictions = [self._predict(x, request)]
+        predictions = [self._predict(x, request, pixels)]
         for i, layer in enumerate(self.layers):
             level = pixels.levels[i % len(pixels.levels)]
             outside = self._cross_mask(predictions[-1], level, request.images, looking)
             x = layer(x, position, level, request.images, outside, deaf)
-            predictions.append(self._predict(x, request))
+            predictions.append(self._predict(x, request, pixels))
         return Outputs(predictions=tuple(predictions), images=request.images, initial=initial)
+
+    def name_regions(self, pixels: Pixels, images: Tensor, masks: Tensor) -> Tensor:
+        """The meaning of given regions by their looks alone.
+
+        float[R, M, H, W], masks over images int64[R] of the batch -> float[R, M, D]
+        Raises `RuntimeError` in a model without mask pooling.
+        """
+        if self.pooling is None:
+            raise RuntimeError("regions are named by mask pooling, and model.mask_pooling is off")
+        level = pixels.levels[-1]
+        each = F.interpolate(masks.float().flatten(0, 1)[:, None], size=level.grid, mode="area")
+        shares = each.flatten(1).unflatten(0, masks.shape[:2])
+        meaning: Tensor = self.class_embed(self.pooling(shares, level.memory[images]))
+        return meaning
 
     def level(self, index: int, feature: Tensor, mask_features: Tensor, padding: Tensor) -> Level:
         """Flatten map `index` float[B, D, h, w] of a picture batch with padding bool[B, H, W]."""
@@ -260,6 +294,7 @@ class Decoder(nn.Module):
         ):  # a resized product is a product with resized features: masks per level cost little
             small = F.interpolate(mask_features.float(), size=size, mode="bilinear", antialias=True)
         return Level(
+            grid=(size[0], size[1]),
             memory=(feature + self.level_embed.weight[index][:, None, None]).flatten(2).transpose(1, 2),
             positions=sine_positions(padding, feature.shape[1]).flatten(1, 2),
             padding=padding.flatten(1),
@@ -337,15 +372,27 @@ class Decoder(nn.Module):
         rest = padding.expand(-1, looking - self.latents, -1)
         return torch.cat((outside | padding, rest), 1)[:, None]
 
-    def _predict(self, x: Tensor, request: Request) -> Prediction:
+    def _predict(self, x: Tensor, request: Request, pixels: Pixels) -> Prediction:
         z = self.norm(x)
         latents = z[:, : self.latents]
         image = _pool(z[:, self.latents], latents)
-        meaning = self.class_embed(torch.cat((latents, image[:, None]), 1))
+        mask_embed = self.mask_embed(latents)
+        named = latents
+        if self.pooling is not None:
+            level = pixels.levels[-1]
+            named = latents + self.pooling(
+                _shares(mask_embed, level, request.images), level.memory[request.images]
+            )
+        meaning = self.class_embed(torch.cat((named, image[:, None]), 1))
         text = None if request.text is None else z[:, -request.text.tokens.shape[1] :]
-        return Prediction(
-            semantic=meaning[:, :-1], image=meaning[:, -1], mask_embed=self.mask_embed(latents), text=text
-        )
+        return Prediction(semantic=meaning[:, :-1], image=meaning[:, -1], mask_embed=mask_embed, text=text)
+
+
+@torch.no_grad()
+def _shares(mask_embed: Tensor, level: Level, images: Tensor) -> Tensor:
+    """How much each cell of a level belongs to each mask, float[R, O, hw] in [0, 1]; padding to none."""
+    inside = ~level.padding[images][:, None]
+    return (mask_embed @ level.mask_features[images]).sigmoid() * inside
 
 
 def _pool(image: Tensor, latents: Tensor) -> Tensor:

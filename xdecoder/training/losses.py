@@ -70,8 +70,12 @@ def segmentation(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     labels = targets.labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
     costs = -logits.detach().softmax(-1).gather(-1, labels)
     pairs = _match(scene, costs, masks, targets.masks, targets.counts)
-    terms = {"class_ce": class_loss(logits, targets.labels, pairs, scene.config.no_object)}
+    first = max(0, len(logits) - scene.config.class_layers) if scene.config.class_layers else 0
+    named = pairs[first * len(work.images) :]
+    terms = {"class_ce": class_loss(logits[first:], targets.labels, named, scene.config.no_object)}
     terms["mask_bce"], terms["mask_dice"] = mask_losses(masks, targets.masks, pairs, scene.config)
+    if scene.config.region_ce:
+        terms["region_ce"] = _region_loss(scene, work, targets)
     if outputs.initial is not None:
         terms["query_text"] = _query_text(scene, outputs.initial, texts.sentence)
     return terms
@@ -95,6 +99,15 @@ def class_loss(
         return logits.sum() * 0
     losses = [F.cross_entropy(logits[i].flatten(0, 1), wanted[i].flatten(), weight) for i in range(layers)]
     return torch.stack(losses).sum()
+
+
+def _region_loss(scene: Scene, work: Work, targets: MaskTargets) -> Tensor:
+    """Cross-entropy of the true regions' names by mask pooling, the mean over the regions of all ranks."""
+    meaning = scene.model.decoder.name_regions(scene.pixels, work.images, targets.masks)
+    logits = scene.model.similarity(meaning, scene.classes)
+    real = (targets.labels >= 0) & targets.masks.flatten(2).any(-1)
+    number = mean_over_ranks(real.sum()).clamp(min=1)
+    return F.cross_entropy(logits[real], targets.labels[real], reduction="sum") / number
 
 
 def mask_losses(
