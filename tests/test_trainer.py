@@ -13,7 +13,7 @@ from schemas.tasks import TASKS
 from xdecoder.training.optim import learning_rate
 from xdecoder.training.trainer import NonFiniteLoss, StepReport, Trainer
 
-SEGMENTATION = ("class_ce", "mask_bce", "mask_dice", "query_text")
+SEGMENTATION = ("class_ce", "region_ce", "mask_bce", "mask_dice", "query_text")
 REFERRING = ("grounding_ce", "grounding_bce", "grounding_dice")
 IMAGE_TEXT = ("retrieval", "retrieval_backbone", "captioning", "vqa")
 LOGGED = (*SEGMENTATION, *REFERRING, *IMAGE_TEXT)
