@@ -282,7 +282,7 @@ class Decoder(nn.Module):
         level = pixels.levels[-1]
         each = F.interpolate(masks.float().flatten(0, 1)[:, None], size=level.grid, mode="area")
         shares = each.flatten(1).unflatten(0, masks.shape[:2])
-        meaning: Tensor = self.class_embed(self.pooling(shares, level.memory[images]))
+        meaning: Tensor = self.class_embed(self.pooling(shares, level.memory.index_select(0, images)))
         return meaning
 
     def level(self, index: int, feature: Tensor, mask_features: Tensor, padding: Tensor) -> Level:
@@ -381,7 +381,7 @@ class Decoder(nn.Module):
         if self.pooling is not None:
             level = pixels.levels[-1]
             named = latents + self.pooling(
-                _shares(mask_embed, level, request.images), level.memory[request.images]
+                _shares(mask_embed, level, request.images), level.memory.index_select(0, request.images)
             )
         meaning = self.class_embed(torch.cat((named, image[:, None]), 1))
         text = None if request.text is None else z[:, -request.text.tokens.shape[1] :]
