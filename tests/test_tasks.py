@@ -10,8 +10,8 @@ from schemas.jobs import EvaluateConfig
 from schemas.tasks import NEEDS, STREAM_FIELDS, TASKS, Task
 from xdecoder.inference.evaluator import evaluate
 from xdecoder.inference.predictor import Predictor
-from xdecoder.model.files import ModelCard
 from xdecoder.tasks import ALTERNATIVES, TABLE
+from xdecoder.training import checkpoint
 from xdecoder.training.trainer import Trainer
 
 # the score that a task is known by
@@ -27,14 +27,7 @@ HEADLINES: dict[Task, str] = {
 
 
 def predictor(of: Trainer) -> Predictor:
-    card = ModelCard(
-        model=of.model.config,
-        taxonomy=of.vocabulary.taxonomy,
-        answers=of.vocabulary.answers,
-        image_size=of.config.augment.image_size,
-        image_text_size=of.config.augment.image_text_size,
-    )
-    return Predictor(of.model, card)
+    return Predictor(of.model, checkpoint.card(of))
 
 
 def test_the_table_has_a_row_for_every_task() -> None:

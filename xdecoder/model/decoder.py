@@ -222,8 +222,8 @@ class _QueryInit(nn.Module):
 class _MaskPooling(nn.Module):
     """The features under a mask, averaged: float[R, O, hw] in [0, 1], float[R, hw, D] -> float[R, O, D].
 
-    In the papers a query learns what is under its mask by attention alone; from scratch that takes thousands
-    of steps. Pooling says it from the first step (OpenSeg, 2022, names segments by it alone).
+    In the papers a query learns what is under its mask by attention alone; pooling says it from the first
+    step (OpenSeg, 2022, names segments by it alone).
     """
 
     def __init__(self, width: int) -> None:

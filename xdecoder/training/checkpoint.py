@@ -43,14 +43,18 @@ def restore(trainer: Trainer, folder: Path) -> None:
 
 def export(trainer: Trainer, folder: Path) -> None:
     """Write the model for prediction."""
-    card = ModelCard(
+    save_model(trainer.model, card(trainer), folder)
+
+
+def card(trainer: Trainer) -> ModelCard:
+    """What prediction must know beside the weights."""
+    return ModelCard(
         model=trainer.model.config,
         taxonomy=trainer.vocabulary.taxonomy,
         answers=trainer.vocabulary.answers,
         image_size=trainer.config.augment.image_size,
         image_text_size=trainer.config.augment.image_text_size,
     )
-    save_model(trainer.model, card, folder)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -70,9 +70,9 @@ def segmentation(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     labels = targets.labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
     costs = -logits.detach().softmax(-1).gather(-1, labels)
     pairs = _match(scene, costs, masks, targets.masks, targets.counts)
-    first = max(0, len(logits) - scene.config.class_layers) if scene.config.class_layers else 0
-    named = pairs[first * len(work.images) :]
-    terms = {"class_ce": class_loss(logits[first:], targets.labels, named, scene.config.no_object)}
+    last = scene.config.class_layers  # 0 leaves nothing out
+    named = pairs[-last * len(work.images) :]
+    terms = {"class_ce": class_loss(logits[-last:], targets.labels, named, scene.config.no_object)}
     terms["mask_bce"], terms["mask_dice"] = mask_losses(masks, targets.masks, pairs, scene.config)
     if scene.config.region_ce:
         terms["region_ce"] = _region_loss(scene, work, targets)
