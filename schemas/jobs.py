@@ -109,6 +109,9 @@ class LossConfig(Settings):
     top_layers: Positive = Field(
         default=3, description="captioning, retrieval, grounding: on this many last layers"
     )
+    caption_negatives: NonNegative = Field(
+        default=0, description="tokens drawn as rivals of a caption's words; 0 is the whole vocabulary"
+    )
     class_layers: NonNegative = Field(
         default=0, description="class_ce: on this many last predictions; 0 is all of them, as in the papers"
     )

@@ -19,7 +19,7 @@ from schemas.jobs import LossConfig
 from schemas.tasks import STREAM_FIELDS, TASKS
 from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import ClassTexts, XDecoder
-from xdecoder.prompts import tokenize
+from xdecoder.prompts import VOCABULARY_SIZE, tokenize
 from xdecoder.tasks import BatchMaker, Setting
 from xdecoder.training import losses
 from xdecoder.training.batch import Batch, MaskTargets, Work, pad_masks
@@ -311,6 +311,40 @@ def test_captioning_equals_its_formula() -> None:
             words = words - sum(logits[i, texts.ids[row, i + 1]] for i in range(length - 1))
         expected = expected + words / (sum(lengths) - len(lengths) + 1)
     torch.testing.assert_close(loss, expected)
+
+
+def test_the_rivals_of_a_caption_stand_for_the_whole_vocabulary() -> None:
+    """The softmax's denominator over drawn tokens is on average the one over all; the words are always in."""
+    torch.manual_seed(0)
+    wanted, logits = torch.tensor([7, 300, 7]), noise(VOCABULARY_SIZE)
+    denominators = []
+    for _ in range(50):
+        tokens, places, counts = losses.candidates(wanted, 1000)
+        assert tokens is not None and torch.equal(tokens[places], wanted)
+        assert torch.equal(counts[places], torch.zeros(3))
+        assert not torch.isin(tokens[2:], wanted).any() and len(tokens) <= 1002
+        denominators.append((logits[tokens] + counts).exp().sum())
+    torch.testing.assert_close(torch.stack(denominators).mean(), logits.exp().sum(), rtol=0.02, atol=0)
+
+
+def test_without_rivals_drawn_a_caption_is_asked_of_the_whole_vocabulary() -> None:
+    wanted = torch.tensor([7, 300, 7])
+    tokens, places, counts = losses.candidates(wanted, 0)
+    assert tokens is None and torch.equal(places, wanted) and not counts.any()
+
+
+@pytest.mark.parametrize("negatives", [2000, 40_000])
+def test_a_caption_among_rivals_costs_about_what_it_costs_among_all(negatives: int) -> None:
+    torch.manual_seed(0)
+    of, batch = model(), batch_of("captioning")
+    (work,) = batch.works
+    texts = of.text(work.targets.texts)
+    full = losses.captioning(scene_of(of, batch), work, texts)["captioning"]
+    drawn = losses.captioning(scene_of(of, batch, caption_negatives=negatives), work, texts)["captioning"]
+    torch.testing.assert_close(drawn, full, rtol=0.01, atol=0)
+    assert drawn != full
+    drawn.backward()
+    assert of.text.token_embedding.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
 
 
 def test_vqa_equals_its_formula() -> None:

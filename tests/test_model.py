@@ -70,12 +70,24 @@ def test_positions_count_the_picture_and_not_its_padding() -> None:
     torch.testing.assert_close(sine_positions(padding, 32)[:, :3, :5], small)
 
 
-def test_a_class_is_the_mean_of_its_synonyms_and_background_comes_last(tiny: XDecoder) -> None:
+def test_a_class_is_the_mean_of_its_synonyms_and_no_object_comes_last(tiny: XDecoder) -> None:
     texts = ClassTexts.of(["dog, hound", "grass-merged"], 20)
     classes = texts.embed(tiny.text(texts.ids).sentence)
-    alone = F.normalize(tiny.encode_texts(["dog", "hound", "grass", "background"]).sentence, dim=-1)
+    alone = F.normalize(tiny.encode_texts(["dog", "hound", "grass", "no object"]).sentence, dim=-1)
     expected = torch.stack((F.normalize(alone[:2].mean(0), dim=0), alone[2], alone[3]))
     torch.testing.assert_close(classes, expected)
+
+
+def test_a_class_called_background_is_not_the_no_object_class(tiny: XDecoder) -> None:
+    texts = ClassTexts.of(["nucleus", "background"], 20)
+    nucleus, background, nothing = texts.embed(tiny.text(texts.ids).sentence)
+    assert not torch.allclose(background, nothing)
+
+
+@pytest.mark.parametrize("name", ["no object", "hole, No-Object"])
+def test_a_class_cannot_be_called_as_the_no_object_class_is(name: str) -> None:
+    with pytest.raises(ValueError, match="rename"):
+        ClassTexts.of(["dog", name], 20)
 
 
 def test_a_greedy_caption_is_what_teacher_forcing_would_say(tiny: XDecoder) -> None:

@@ -263,12 +263,13 @@ class Decoder(nn.Module):
         deaf = self._self_mask(pattern, request, x)
         silent = 0 if pattern.looks or request.text is None else request.text.tokens.shape[1]
         looking = x.shape[1] - silent
-        predictions = [self._predict(x, request, pixels)]
+        memory = pixels.levels[-1].memory.index_select(0, request.images)  # once a request, not once a layer
+        predictions = [self._predict(x, request, pixels, memory)]
         for i, layer in enumerate(self.layers):
             level = pixels.levels[i % len(pixels.levels)]
             outside = self._cross_mask(predictions[-1], level, request.images, looking)
             x = layer(x, position, level, request.images, outside, deaf)
-            predictions.append(self._predict(x, request, pixels))
+            predictions.append(self._predict(x, request, pixels, memory))
         return Outputs(predictions=tuple(predictions), images=request.images, initial=initial)
 
     def name_regions(self, pixels: Pixels, images: Tensor, masks: Tensor) -> Tensor:
@@ -372,17 +373,15 @@ class Decoder(nn.Module):
         rest = padding.expand(-1, looking - self.latents, -1)
         return torch.cat((outside | padding, rest), 1)[:, None]
 
-    def _predict(self, x: Tensor, request: Request, pixels: Pixels) -> Prediction:
+    def _predict(self, x: Tensor, request: Request, pixels: Pixels, memory: Tensor) -> Prediction:
+        """`memory` float[R, hw, D], the finest level's, a row for each request."""
         z = self.norm(x)
         latents = z[:, : self.latents]
         image = _pool(z[:, self.latents], latents)
         mask_embed = self.mask_embed(latents)
         named = latents
         if self.pooling is not None:
-            level = pixels.levels[-1]
-            named = latents + self.pooling(
-                _shares(mask_embed, level, request.images), level.memory.index_select(0, request.images)
-            )
+            named = latents + self.pooling(_shares(mask_embed, pixels.levels[-1], request.images), memory)
         meaning = self.class_embed(torch.cat((named, image[:, None]), 1))
         text = None if request.text is None else z[:, -request.text.tokens.shape[1] :]
         return Prediction(semantic=meaning[:, :-1], image=meaning[:, -1], mask_embed=mask_embed, text=text)

@@ -111,8 +111,10 @@ class TextEncoder(nn.Module):
             x = block(x, blocked)
         return self.project(self.norm(x))
 
-    def token_logits(self, slots: Tensor) -> Tensor:
-        """float[..., D] -> float[..., vocabulary]; the output matrix is the input's token table (X-Decoder,
-        1.5).
+    def token_logits(self, slots: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """float[..., D] -> float[..., C] for the tokens int64[C], by default the whole vocabulary.
+
+        The output matrix is the input's token table (X-Decoder, 1.5).
         """
-        return F.linear(slots, self.token_embedding.weight)
+        table = self.token_embedding.weight if tokens is None else self.token_embedding(tokens)
+        return F.linear(slots, table)

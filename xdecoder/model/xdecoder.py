@@ -17,7 +17,7 @@ from xdecoder.model.decoder import Decoder, Outputs, PatternName, Pixels, Predic
 from xdecoder.model.layers import Mlp, matrix
 from xdecoder.model.pixel_decoder import PixelDecoder
 from xdecoder.model.text import TextEncoder, TextFeatures
-from xdecoder.prompts import BACKGROUND, synonyms, task_prompt, tokenize
+from xdecoder.prompts import NO_OBJECT, synonyms, task_prompt, tokenize
 
 INITIAL_SCALE = (
     2.6592  # ln(1 / 0.07), as CLIP; the original starts at 1.0 because pretrained weights overwrite it
@@ -106,21 +106,28 @@ class XDecoder(nn.Module):
         """The backbone's own opinion of each picture, float[B, D], for retrieval."""
         return self.pooled_embed(pixels.pooled)
 
-    def caption_logits(self, slots: Tensor) -> Tensor:
-        """float[..., D] of text queries -> float[..., vocabulary], the next token of each slot."""
-        return self.text.token_logits(self.caption_embed(slots))
+    def caption_logits(self, slots: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """float[..., D] of text queries -> float[..., C]: each slot's next token, among `tokens` int64[C] or
+        all.
+        """
+        return self.text.token_logits(self.caption_embed(slots), tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTexts:
-    """K class names, then "background", as token ids int64[n, T]; a name with synonyms takes several rows."""
+    """K class names, then `NO_OBJECT`, as token ids int64[n, T]; a name with synonyms takes several rows."""
 
     ids: Tensor
     rows: tuple[int, ...]
 
     @classmethod
     def of(cls, names: Sequence[str], context: int) -> "ClassTexts":
-        groups = [synonyms(name) for name in (*names, BACKGROUND)]
+        """Raises `ValueError` where a class is called as the no-object class is."""
+        groups = [synonyms(name) for name in (*names, NO_OBJECT)]
+        if any(text.casefold() == NO_OBJECT for group in groups[:-1] for text in group):
+            raise ValueError(
+                f"no class can be called {NO_OBJECT!r}, which means that nothing is there: rename it"
+            )
         ids = tokenize([text for group in groups for text in group], context)
         return cls(ids=ids, rows=tuple(len(group) for group in groups))
 

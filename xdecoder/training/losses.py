@@ -23,7 +23,7 @@ from schemas.tasks import TASKS
 from xdecoder.model.decoder import Pixels, Prediction
 from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import MAX_SCALE, XDecoder
-from xdecoder.prompts import END, PAD
+from xdecoder.prompts import END, PAD, VOCABULARY_SIZE
 from xdecoder.training.batch import AnswerTargets, MaskTargets, PhraseTargets, Work
 from xdecoder.training.matcher import match, sample_points
 
@@ -276,15 +276,37 @@ def fine_contrast(latents: Tensor, captions: TextFeatures, scale: Tensor) -> Ten
 def captioning(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     """Slot i predicts token i + 1, up to and with the end mark (X-Decoder, 3.6)."""
     outputs = scene.model.ask(scene.pixels, "captioning", work.images, _tasks(scene, work), texts)
-    wanted, keep = texts.ids[:, 1:], ~texts.padding[:, 1:]
+    keep = ~texts.padding[:, 1:]  # padding never meets the vocabulary
+    wanted = texts.ids[:, 1:][keep]
+    rivals, places, counts = candidates(wanted, scene.config.caption_negatives)
     losses = []
     for prediction in outputs.predictions[-scene.config.top_layers :]:
         assert prediction.text is not None
-        logits = scene.model.caption_logits(
-            prediction.text[:, :-1][keep]
-        )  # padding never meets the vocabulary
-        losses.append(F.cross_entropy(logits, wanted[keep], reduction="sum") / (keep.sum() + 1))
+        logits = scene.model.caption_logits(prediction.text[:, :-1][keep], rivals) + counts
+        losses.append(F.cross_entropy(logits, places, reduction="sum") / (keep.sum() + 1))
     return {"captioning": torch.stack(losses).sum()}
+
+
+def candidates(wanted: Tensor, negatives: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The tokens that a caption's softmax is taken over: all, or those wanted and `negatives` drawn ones.
+
+    A drawn token stands for its share of all tokens that nobody wants, by the logarithm of their number
+    (Jean et al. 2015, with a uniform draw): the expected denominator is the whole vocabulary's.
+
+    wanted     int64[N]
+    returns    tokens int64[C] (None is the whole vocabulary), the places int64[N] of `wanted` among them, and
+               float[C] to add to their logits
+    """
+    if not negatives:
+        return None, wanted, torch.zeros(1, device=wanted.device)
+    own, places = wanted.unique(return_inverse=True)
+    drawn = torch.randint(VOCABULARY_SIZE, (negatives,), device=wanted.device)
+    drawn = drawn[~torch.isin(drawn, own)]
+    share = (VOCABULARY_SIZE - len(own)) / max(1, len(drawn))
+    counts = torch.tensor([1.0, share], device=wanted.device).repeat_interleave(
+        torch.tensor([len(own), len(drawn)], device=wanted.device)
+    )
+    return torch.cat((own, drawn)), places, counts.log()
 
 
 def vqa(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
