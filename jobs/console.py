@@ -73,10 +73,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds -> "48 s", "12 min", "3.4 h"."""
+    """Seconds -> "48 s", "8.4 min", "12 min", "3.4 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.2g} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Progress:

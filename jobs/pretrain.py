@@ -5,6 +5,7 @@ it, also on other machines; once it has finished, it trains afresh under the nex
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs import cluster, evaluate
+from jobs import cluster, console, evaluate
 from jobs.console import Outcome, Progress
 from jobs.journal import Follower, MetricRow
 from jobs.store import code_version, digest, read_json, write_json
@@ -84,14 +85,16 @@ def run(job: PretrainJob, store: Path, source: str) -> Outcome:
         cpus = _cpus_per_worker(job)
         training = _begin(job, store, source, data, tracker)
         with tracker.running(training.tracked):
+            started = time.monotonic()
             _fit(training, tracker, cpus)
+            took = console.duration(time.monotonic() - started)
             kept = evaluate.measure(training.model, store, job.dataset.name, data, job.evaluate)
             results = Evaluation.load(kept).results
             evaluate.log_results(tracker, training.tracked, results, kept, step=job.train.steps)
             version = _register(training, tracker, results)
     training.remember(finished=True)
     facts = {"run": training.folder.name, "model": version.model, "version": version.version}
-    facts |= {"dataset": training.dataset, "kept in": str(training.folder)}
+    facts |= {"dataset": training.dataset, "kept in": str(training.folder), "training took": took}
     return Outcome(facts=facts, tables={"results": evaluate.rows_of(results)})
 
 

@@ -42,10 +42,12 @@ def run(store: Path) -> None:
                 console.report(Outcome(facts=outcomes[name].facts), as_json=False)
     console.say("\n=== 5/5 predictions: python -m jobs predict IMAGE --task TASK")
     paths = _predictions(store)
-    _end(store, outcomes["evaluate"].tables["results"], paths, time.monotonic() - started)
+    took = f"{console.duration(time.monotonic() - started)}, of which training "
+    took += outcomes["pretrain"].facts["training took"]
+    _end(store, outcomes["evaluate"].tables["results"], paths, took)
 
 
-def _end(store: Path, results: list[dict[str, Any]], paths: list[Path], seconds: float) -> None:
+def _end(store: Path, results: list[dict[str, Any]], paths: list[Path], took: str) -> None:
     path = store / "demo" / "results.json"
     write_json(path, results)
     mlflow = Path(sys.executable).parent / "mlflow"
@@ -53,7 +55,7 @@ def _end(store: Path, results: list[dict[str, Any]], paths: list[Path], seconds:
     console.say("\npictures\n" + "\n".join(f"  {p}" for p in paths if p.suffix == ".png"))
     console.say(f"\nthe table as JSON     {path}")
     console.say(f"MLflow's pages        {mlflow} ui --backend-store-uri {connect(store).uri}")
-    console.say(f"all this took         {console.duration(seconds)}")
+    console.say(f"all this took         {took}")
 
 
 def _file(name: str) -> Path:
