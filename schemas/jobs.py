@@ -30,12 +30,17 @@ class Settings(BaseModel):
 
 
 class BackboneConfig(Settings):
-    """A timm model with `features_only`: `out_indices` picks three or four feature maps, finest first."""
+    """A timm model with `features_only`, or "focal" or "focal_dw": the FocalNets of X-Decoder's weights.
+
+    `out_indices` picks three or four feature maps, finest first.
+    """
 
     name: str = "focalnet_tiny_srf"
     pretrained: bool = False
     out_indices: tuple[NonNegative, ...] = Field(default=(0, 1, 2, 3), min_length=3, max_length=4)
-    options: dict[str, Any] = Field(default={}, description="passed to timm.create_model, e.g. channels")
+    options: dict[str, Any] = Field(
+        default={}, description="passed to timm.create_model (e.g. channels) or to FocalNet (e.g. depths)"
+    )
 
 
 class TextConfig(Settings):
@@ -44,6 +49,35 @@ class TextConfig(Settings):
     layers: Positive = 12
     heads: Positive = 8
     context: Positive = Field(default=77, description="the longest text, in tokens, with start and end")
+    norm_eps: float = Field(
+        default=1e-5, gt=0, description="of the text encoder's norms; X-Decoder's weights know 1e-12"
+    )
+
+
+class QuirksConfig(Settings):
+    """Accidents of the released X-Decoder that its weights have learned with: only for equality, all off.
+
+    `jobs/recipes/xdecoder_original.yaml` and `python -m jobs import` turn them on.
+    """
+
+    masked_image_query: bool = Field(
+        default=False,
+        description="an index is off by one: the image query sees only the mask of its pooled latents, the "
+        "first latent of a referring request sees everything",
+    )
+    image_query_segments: bool = Field(
+        default=False, description="the image query, too, is read as a segment, though no loss teaches it"
+    )
+    padding_counts: bool = Field(
+        default=False, description="there is no padding mask: padding of pictures and phrases is content"
+    )
+    phrases_together: bool = Field(
+        default=False,
+        description="the predictor asks all phrases of a picture at once, so they disturb another",
+    )
+    bicubic_masks: bool = Field(
+        default=False, description="mask logits are resized bicubically, for attention and for answers"
+    )
 
 
 class ModelConfig(Settings):
@@ -70,6 +104,7 @@ class ModelConfig(Settings):
     )
     backbone: BackboneConfig = BackboneConfig()
     text: TextConfig = TextConfig()
+    quirks: QuirksConfig = QuirksConfig()
 
     @model_validator(mode="after")
     def _divisible(self) -> "ModelConfig":

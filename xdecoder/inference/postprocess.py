@@ -11,6 +11,7 @@ Tensors come in on any device; what goes out is numpy in host memory.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,11 +31,13 @@ class Frame:
     padded     the tensor given to the model; the mask grid h, w spans all of it
     valid      its upper left part that is picture, not padding
     original   the picture as it came, and the size of all answers
+    bicubic    how mask logits get there: bicubic and antialiased (X-Decoder, 5.1), else bilinear
     """
 
     padded: tuple[int, int]
     valid: tuple[int, int]
     original: tuple[int, int]
+    bicubic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +175,12 @@ def _chunk(frame: Frame) -> int:
 def _full_size_probs(mask_logits: Tensor, frame: Frame) -> Iterator[tuple[slice, Tensor]]:
     """sigmoid of the resized logits, a few queries at a time: (which rows, float32[rows, H, W])."""
     step = _chunk(frame)
+    mode = "bicubic" if frame.bicubic else "bilinear"
+    resize = partial(F.interpolate, mode=mode, antialias=frame.bicubic, align_corners=False)
     for first in range(0, len(mask_logits), step):
         part = mask_logits[None, first : first + step].float()
-        part = F.interpolate(part, size=frame.padded, mode="bilinear", align_corners=False)
-        part = part[..., : frame.valid[0], : frame.valid[1]]
-        part = F.interpolate(part, size=frame.original, mode="bilinear", align_corners=False)
+        part = resize(part, size=frame.padded)
+        part = resize(part[..., : frame.valid[0], : frame.valid[1]], size=frame.original)
         yield slice(first, first + step), part[0].sigmoid()
 
 

@@ -235,16 +235,21 @@ class Predictor:
         if not phrases:
             raise ValueError("referring needs at least one phrase")
         pixels, arrays, frames = next(self._fitted([image]))
+        together = self.model.config.quirks.phrases_together
+        step = len(phrases) if together else self.batch
         masks = []
         with torch.no_grad():
-            for start in range(0, len(phrases), self.batch):
-                some = phrases[start : start + self.batch]
-                text, sentences = pack(self.model.encode_texts(some), [1] * len(some))
-                where = torch.zeros(len(some), dtype=torch.int64, device=self.device)
+            for start in range(0, len(phrases), step):
+                some = phrases[start : start + step]
+                counts = [len(some)] if together else [1] * len(some)
+                text, sentences = pack(self.model.encode_texts(some), counts)
+                where = torch.zeros(len(counts), dtype=torch.int64, device=self.device)
                 final = self.model.ask(
-                    pixels, "referring", where, self._task("referring", len(some)), text
+                    pixels, "referring", where, self._task("referring", len(counts)), text
                 ).final
-                nearest = self.model.similarity(final.semantic, sentences)  # float[phrases, O, 1]
+                nearest = self.model.similarity(
+                    final.semantic, sentences
+                )  # float[requests, O, phrases of each]
                 logits = self.model.masks(final, pixels, where)
                 masks += [
                     postprocess.referring(n, m, frames[0]) for n, m in zip(nearest, logits, strict=True)
@@ -336,6 +341,8 @@ class Predictor:
         for pixels, arrays, frames in self._fitted(images):
             where = torch.arange(len(arrays), device=self.device)
             final = self.model.ask(pixels, "segmentation", where, self._task(task, len(arrays))).final
+            if self.model.config.quirks.image_query_segments:
+                final = final.with_image()
             probs = self.model.similarity(final.semantic, classes).softmax(-1)
             masks = self.model.masks(final, pixels, where)
             yield from zip(arrays, probs, masks, frames, strict=True)
@@ -353,7 +360,12 @@ class Predictor:
                 canvas[i, :, :height, :width] = _tensor(array, (height, width))
                 padding[i, :height, :width] = False
             frames = [
-                Frame(padded=(padded[0], padded[1]), valid=s, original=(a.shape[0], a.shape[1]))
+                Frame(
+                    padded=(padded[0], padded[1]),
+                    valid=s,
+                    original=(a.shape[0], a.shape[1]),
+                    bicubic=self.model.config.quirks.bicubic_masks,
+                )
                 for a, s in zip(arrays, sizes, strict=True)
             ]
             yield self.model.encode(canvas.to(self.device), padding.to(self.device)), arrays, frames

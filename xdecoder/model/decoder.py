@@ -10,7 +10,7 @@ Letters: `B` images, `R` requests, `O` latents, `T` text tokens, `S` all queries
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -138,12 +138,21 @@ class Prediction:
     image         float[R, D], the meaning of the whole picture
     mask_embed    float[R, O, D]; its product with the mask features is the mask logit
     text          float[R, T, D], the text queries after normalisation
+    image_mask    float[R, D], the mask embedding of the image query, which only quirks ask for
     """
 
     semantic: Tensor
     image: Tensor
     mask_embed: Tensor
     text: Tensor | None
+    image_mask: Tensor | None = None
+
+    def with_image(self) -> "Prediction":
+        """The image query as one more latent."""
+        assert self.image_mask is not None, "image_mask is predicted where model.quirks ask for it"
+        semantic = torch.cat((self.semantic, self.image[:, None]), 1)
+        mask_embed = torch.cat((self.mask_embed, self.image_mask[:, None]), 1)
+        return replace(self, semantic=semantic, mask_embed=mask_embed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +251,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, heads = config.width, config.heads
-        self.latents = config.latents
-        self.positions = nn.Embedding(config.latents + 2, width)  # latents, image query, task token
+        self.latents, self.quirks = config.latents, config.quirks
+        # latents, image query, task token
+        self.positions = nn.Embedding(config.latents + 1 + config.task_tokens, width)
         self.contents = nn.Embedding(config.latents + 1, width)  # latents, image query
         self.caption_positions = nn.Embedding(config.text.context, width)
         self.level_embed = nn.Embedding(3, width)
@@ -268,6 +278,8 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             level = pixels.levels[i % len(pixels.levels)]
             outside = self._cross_mask(predictions[-1], level, request.images, looking)
+            if self.quirks.masked_image_query and silent:
+                outside[:, :, 0] = False
             x = layer(x, position, level, request.images, outside, deaf)
             predictions.append(self._predict(x, request, pixels, memory))
         return Outputs(predictions=tuple(predictions), images=request.images, initial=initial)
@@ -290,10 +302,10 @@ class Decoder(nn.Module):
         """Flatten map `index` float[B, D, h, w] of a picture batch with padding bool[B, H, W]."""
         size = feature.shape[-2:]
         padding = F.interpolate(padding[:, None].float(), size=size, mode="nearest")[:, 0] > 0.5
-        with (
-            torch.no_grad()
-        ):  # a resized product is a product with resized features: masks per level cost little
-            small = F.interpolate(mask_features.float(), size=size, mode="bilinear", antialias=True)
+        mode = "bicubic" if self.quirks.bicubic_masks else "bilinear"
+        # a resized product is a product with resized features: masks per level cost little
+        with torch.no_grad():
+            small = F.interpolate(mask_features.float(), size=size, mode=mode, antialias=True)
         return Level(
             grid=(size[0], size[1]),
             memory=(feature + self.level_embed.weight[index][:, None, None]).flatten(2).transpose(1, 2),
@@ -355,7 +367,8 @@ class Decoder(nn.Module):
             first = kinds.index("text")
             allowed[first:, first:] = allowed[first:, first:].tril()
         allowed = allowed.expand(len(x), -1, -1).clone()
-        allowed[:, :, -request.text.padding.shape[1] :] &= ~request.text.padding[:, None]
+        if not self.quirks.padding_counts:
+            allowed[:, :, -request.text.padding.shape[1] :] &= ~request.text.padding[:, None]
         allowed |= torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         return ~allowed[:, None]
 
@@ -364,13 +377,15 @@ class Decoder(nn.Module):
         """bool[R, 1, looking, hw]: latents look where their mask is, all others at the whole picture.
 
         The original clears the wrong row for its image query (off by one); ours looks everywhere, as it was
-        meant to.
+        meant to, unless `quirks.masked_image_query`.
         """
+        if self.quirks.masked_image_query:
+            prediction = prediction.with_image()
         padding = level.padding[images][:, None]
         outside = prediction.mask_embed @ level.mask_features[images] < 0  # sigmoid below one half
         outside = outside | padding
         outside &= ~outside.all(-1, keepdim=True)  # a latent that sees nothing sees everything
-        rest = padding.expand(-1, looking - self.latents, -1)
+        rest = padding.expand(-1, looking - outside.shape[1], -1)
         return torch.cat((outside | padding, rest), 1)[:, None]
 
     def _predict(self, x: Tensor, request: Request, pixels: Pixels, memory: Tensor) -> Prediction:
@@ -378,13 +393,21 @@ class Decoder(nn.Module):
         z = self.norm(x)
         latents = z[:, : self.latents]
         image = _pool(z[:, self.latents], latents)
-        mask_embed = self.mask_embed(latents)
+        mask_embed, image_mask = self.mask_embed(latents), None
+        if self.quirks.masked_image_query or self.quirks.image_query_segments:
+            image_mask = self.mask_embed(image)
         named = latents
         if self.pooling is not None:
             named = latents + self.pooling(_shares(mask_embed, pixels.levels[-1], request.images), memory)
         meaning = self.class_embed(torch.cat((named, image[:, None]), 1))
         text = None if request.text is None else z[:, -request.text.tokens.shape[1] :]
-        return Prediction(semantic=meaning[:, :-1], image=meaning[:, -1], mask_embed=mask_embed, text=text)
+        return Prediction(
+            semantic=meaning[:, :-1],
+            image=meaning[:, -1],
+            mask_embed=mask_embed,
+            text=text,
+            image_mask=image_mask,
+        )
 
 
 @torch.no_grad()

@@ -38,9 +38,9 @@ class _Block(nn.Module):
     Initialised by width and depth, as CLIP is (OneFormer reference, 1.5).
     """
 
-    def __init__(self, width: int, heads: int, layers: int) -> None:
+    def __init__(self, width: int, heads: int, layers: int, eps: float) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.attention = Attention(width, heads)
         self.fc, self.proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         for linear in (self.attention.query, self.attention.key, self.attention.value):
@@ -66,8 +66,10 @@ class TextEncoder(nn.Module):
         self.context = config.context
         self.token_embedding = nn.Embedding(VOCABULARY_SIZE, width)
         self.positions = nn.Parameter(torch.empty(config.context, width))
-        self.blocks = nn.ModuleList(_Block(width, config.heads, config.layers) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(
+            _Block(width, config.heads, config.layers, config.norm_eps) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(width, config.norm_eps)
         self.project = matrix(width, width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)

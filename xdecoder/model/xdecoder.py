@@ -63,6 +63,9 @@ class XDecoder(nn.Module):
             raise ValueError(
                 f"images are {tuple(images.shape[-2:])}, both sides must be multiples of {self.stride}"
             )
+        if self.config.quirks.padding_counts:  # as pixels of the mean colour
+            images = torch.where(padding[:, None], self.backbone.mean, images)
+            padding = torch.zeros_like(padding)
         features = self.backbone(images)
         mask_features, maps = self.pixel_decoder(features, padding)
         levels = tuple(self.decoder.level(i, m, mask_features, padding) for i, m in enumerate(maps))
