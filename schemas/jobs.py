@@ -137,6 +137,10 @@ class LossConfig(Settings):
     retrieval: float = Field(default=2.0, ge=0)
     retrieval_backbone: float = Field(default=8.0, ge=0)
     vqa: float = Field(default=2.0, ge=0)
+    same_phrases: bool = Field(
+        default=False,
+        description="phrases of a picture with equal words share their targets and are read once (X-Decoder)",
+    )
     no_object: Fraction = Field(default=0.1, description="weight of the background column in the class loss")
     points: Positive = Field(default=12544, description="points sampled on each mask")
     oversample: float = Field(default=3.0, ge=1)

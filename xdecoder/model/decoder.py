@@ -277,9 +277,7 @@ class Decoder(nn.Module):
         predictions = [self._predict(x, request, pixels, memory)]
         for i, layer in enumerate(self.layers):
             level = pixels.levels[i % len(pixels.levels)]
-            outside = self._cross_mask(predictions[-1], level, request.images, looking)
-            if self.quirks.masked_image_query and silent:
-                outside[:, :, 0] = False
+            outside = self._cross_mask(predictions[-1], level, request.images, looking, silent > 0)
             x = layer(x, position, level, request.images, outside, deaf)
             predictions.append(self._predict(x, request, pixels, memory))
         return Outputs(predictions=tuple(predictions), images=request.images, initial=initial)
@@ -373,18 +371,23 @@ class Decoder(nn.Module):
         return ~allowed[:, None]
 
     @torch.no_grad()
-    def _cross_mask(self, prediction: Prediction, level: Level, images: Tensor, looking: int) -> Tensor:
+    def _cross_mask(
+        self, prediction: Prediction, level: Level, images: Tensor, looking: int, silent: bool = False
+    ) -> Tensor:
         """bool[R, 1, looking, hw]: latents look where their mask is, all others at the whole picture.
 
         The original clears the wrong row for its image query (off by one); ours looks everywhere, as it was
-        meant to, unless `quirks.masked_image_query`.
+        meant to, unless `quirks.masked_image_query`. silent: there are queries behind those that look.
         """
-        if self.quirks.masked_image_query:
+        slipped = self.quirks.masked_image_query
+        if slipped:
             prediction = prediction.with_image()
         padding = level.padding[images][:, None]
         outside = prediction.mask_embed @ level.mask_features[images] < 0  # sigmoid below one half
         outside = outside | padding
         outside &= ~outside.all(-1, keepdim=True)  # a latent that sees nothing sees everything
+        if slipped and silent:
+            outside[:, 0] = False
         rest = padding.expand(-1, looking - outside.shape[1], -1)
         return torch.cat((outside | padding, rest), 1)[:, None]
 

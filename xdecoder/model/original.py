@@ -7,7 +7,11 @@ FILE.pt holds an original's configuration, weights, inputs and whatever it compu
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,3 +199,43 @@ def _count(state: State, prefix: str) -> int:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+# ------------------------------------------------------------------------------------------------ the door
+
+
+def read(path: Path) -> Any:
+    """What a file of tensors and plain values holds; nothing in it is executed.
+
+    Raises `ValueError` where there is no such file, or it is none of these.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: no file of tensors ({' '.join(str(error).split())[:160]})") from None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compare: 0 where every stage is within its tolerance, 1 where one is not, 2 where none can be."""
+    from xdecoder.replay import DELIBERATE, replay  # it needs what stands above
+
+    equal = True
+    try:
+        if len(argv) != 1:
+            raise ValueError("usage: python -m xdecoder.model.original FILE.pt")
+        for stage in replay(read(Path(argv[0]))):
+            equal &= stage.equal
+            verdict = "" if stage.equal else "  DIFFERS"
+            sys.stdout.write(f"{stage.name:<48} {stage.difference:8.1e}  of {stage.tolerance:.0e}{verdict}\n")
+    except (ValueError, RuntimeError) as error:  # the latter is torch's, of shapes that do not fit
+        sys.stderr.write(f"error: nothing to compare: {' '.join(str(error).split())}\n")
+        return 2
+    sys.stdout.write("\nOurs does otherwise, on purpose:\n" + "".join(f"- {line}\n" for line in DELIBERATE))
+    sys.stdout.write("every stage is equal\n" if equal else "NOT equal\n")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ width.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -179,13 +179,17 @@ def referring(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     """Phrases of an image against its latents: one-directional contrast and masks (X-Decoder, 3.9)."""
     targets = work.targets
     assert isinstance(targets, PhraseTargets)
+    same = equal_phrases(texts.ids, targets.counts) if scene.config.same_phrases else None
+    if same:  # a phrase that stands before is not read again
+        again = torch.cat([rows.tril(-1).any(1) for rows in same])
+        texts = replace(texts, padding=texts.padding | again[:, None])
     text, sentences = pack(texts, targets.counts)
     outputs = scene.model.ask(scene.pixels, "referring", work.images, _tasks(scene, work), text)
     top = outputs.predictions[-scene.config.top_layers :]
     logits = scene.model.similarity(_stack(top, "semantic"), sentences)
     masks = _masks(scene, top, work.images)
     pairs = _match(scene, -logits.detach().softmax(2), masks, targets.masks, targets.counts)
-    terms = {"grounding_ce": grounding_loss(logits, pairs)}
+    terms = {"grounding_ce": grounding_loss(logits, pairs, same)}
     terms["grounding_bce"], terms["grounding_dice"] = mask_losses(masks, targets.masks, pairs, scene.config)
     return terms
 
@@ -215,9 +219,20 @@ def pack(phrases: TextFeatures, counts: Sequence[int]) -> tuple[TextFeatures, Te
     return text, torch.nn.utils.rnn.pad_sequence(sentences, batch_first=True)
 
 
-def grounding_loss(logits: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+def equal_phrases(ids: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Which phrases of a request have equal words: int64[N, T], counts[r] of them for r -> bool[M_r, M_r]."""
+    return [(part[:, None] == part).all(-1) for part in ids.split(list(counts))]
+
+
+def grounding_loss(
+    logits: Tensor,
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    same: Sequence[Tensor] | None = None,
+) -> Tensor:
     """For every phrase, cross-entropy over the latents: float[L, R, O, M]; mean over phrases, summed over
     predictions.
+
+    same    from `equal_phrases`: such phrases want all latents that any of them is matched to, in equal parts
     """
     layers, rows = logits.shape[:2]
     terms = []
@@ -226,6 +241,9 @@ def grounding_loss(logits: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]
         for row in range(rows):
             queries, targets = pairs[layer * rows + row]
             wanted = torch.as_tensor(queries, device=logits.device)
+            if same is not None:
+                equal = same[row][targets][:, targets].to(logits)
+                wanted = equal @ F.one_hot(wanted, logits.shape[2]).to(logits) / equal.sum(1, keepdim=True)
             losses.append(F.cross_entropy(logits[layer, row, :, targets].T, wanted, reduction="none"))
         every = torch.cat((logits[layer].flatten()[:0], *losses))
         terms.append(every.sum() / max(1, len(every)))

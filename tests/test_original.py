@@ -1,0 +1,298 @@
+"""Ours computes what the original X-Decoder computed, and says so when it does not.
+
+The golden file holds a tiny original: weights, inputs and everything it computed from them.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from schemas.jobs import BackboneConfig, LossConfig, ModelConfig, QuirksConfig, TextConfig
+from xdecoder.model.original import QUIRKS, load, main, model_config, read, translate
+from xdecoder.model.xdecoder import XDecoder
+from xdecoder.replay import replay
+from xdecoder.training.losses import equal_phrases, grounding_loss
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "xdecoder_seed0.pt"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_file(), reason="needs ../shared/golden")
+HEAD = "sem_seg_head.predictor."
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Any]:
+    content: dict[str, Any] = read(GOLDEN)
+    return content
+
+
+# ------------------------------------------------------------------------------------------------ equality
+
+
+@needs_golden
+def test_every_stage_equals_the_original(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(GOLDEN)]) == 0
+    printed = capsys.readouterr().out
+    assert "every stage is equal" in printed and "DIFFERS" not in printed
+    stages = [line for line in printed.splitlines() if " of " in line and "e-0" in line or "e+0" in line]
+    parts = (
+        "backbone",
+        "pixel decoder",
+        "text",
+        "segmentation",
+        "referring",
+        "captioning",
+        "answers",
+        "loss",
+    )
+    for part in (*parts, "retrieval", "greedy captions", "gradients"):
+        assert any(line.startswith(part) for line in stages), part
+    assert "Ours does otherwise, on purpose" in printed
+
+
+# Records that no later stage starts from, and the stage that must notice each.
+LEAVES: dict[str, Callable[[dict[str, Any]], Tensor]] = {
+    "pixels": lambda g: g["batched"],
+    "text, tokens": lambda g: g["text"]["token_emb"],
+    "segmentation, layer 2": lambda g: g["seg_eval_heads"][2]["outputs_mask"],
+    "referring, layer 1": lambda g: g["grounding_eval_heads"][1]["outputs_caption"],
+    "captioning, layer 3": lambda g: g["vlp_train_heads"][3]["outputs_captionting"],
+    "answers, semantic": lambda g: g["evaluate"][1]["sem_seg"],
+    "retrieval, decoder": lambda g: g["retrieval_eval"]["image_embed_decoder"],
+    "loss, mask_dice": lambda g: g["seg_losses_unweighted"]["loss_mask_dice_1"],
+    "loss, captioning": lambda g: g["vlp_losses_unweighted"]["loss_captioning_0"],
+    "loss, weighted sum": lambda g: g["total_weighted_loss"],
+    "gradients, decoder": lambda g: g["grads"][HEAD + "query_feat.weight"],
+}
+
+
+@needs_golden
+def test_a_changed_record_is_noticed_at_its_stage_and_nowhere_else(golden: dict[str, Any]) -> None:
+    content = copy.deepcopy({k: v for k, v in golden.items() if k != "state_dict"})
+    for record in LEAVES.values():
+        some = record(content).view(-1)[::7]
+        some += torch.linspace(0.5, 1, len(some)) * (record(content).abs().mean() + 0.1)
+    unequal = [s.name for s in replay(content | {"state_dict": golden["state_dict"]}) if not s.equal]
+    also = "answers from the picture, semantic"  # reads the same record
+    assert sorted(unequal) == sorted([*LEAVES, also])
+
+
+@needs_golden
+def test_a_changed_weight_and_a_nan_are_past_any_tolerance(
+    golden: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = dict(golden["state_dict"])
+    state[HEAD + "class_embed"] = state[HEAD + "class_embed"].clone()
+    state[HEAD + "class_embed"][0, 0] += 0.1
+    heads = copy.deepcopy(golden["seg_eval_heads"])
+    heads[0]["outputs_mask"][0, 0, 0, 0] = float("nan")
+    torch.save(golden | {"state_dict": state, "seg_eval_heads": heads}, tmp_path / "changed.pt")
+    assert main([str(tmp_path / "changed.pt")]) == 1
+    printed = capsys.readouterr().out
+    assert "NOT equal" in printed
+    differing = [line for line in printed.splitlines() if "DIFFERS" in line]
+    assert any(line.startswith("segmentation, layer 0") and "nan" in line for line in differing)
+    assert any(line.startswith("segmentation, layer 4") for line in differing)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@needs_golden
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (lambda g: {k: v for k, v in g.items() if k != "seg_eval_heads"}, "seg_eval_heads is missing"),
+        (lambda g: g["state_dict"], "no golden file of an X-Decoder: state_dict is missing"),
+        (lambda g: [1, 2], "no golden file of an X-Decoder"),
+        (lambda g: g | {"seg_loss_rand_log": g["seg_loss_rand_log"][:5]}, "seg_loss_rand_log.5 is missing"),
+        (lambda g: g | {"seg_loss_rand_log": g["seg_loss_rand_log"][::-1]}, "Sizes of tensors must match"),
+    ],
+)
+def test_what_is_no_golden_file_is_one_clear_message(
+    golden: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: Callable[[dict[str, Any]], Any],
+    says: str,
+) -> None:
+    torch.save(content(golden), tmp_path / "other.pt")
+    assert main([str(tmp_path / "other.pt")]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("error: ") == 1 and "Traceback" not in error
+
+
+def test_a_file_that_holds_no_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.pt").write_text("no tensors", encoding="utf-8")
+    for arguments, says in (
+        ([str(tmp_path / "text.pt")], "no file of tensors"),
+        (["none.pt"], "no such file"),
+    ):
+        assert main(arguments) == 2
+        assert says in capsys.readouterr().err
+    assert main([]) == 2
+    assert "usage" in capsys.readouterr().err
+
+
+@needs_golden
+def test_missing_unknown_and_ill_shaped_weights_are_listed(golden: dict[str, Any]) -> None:
+    state = dict(golden["state_dict"])
+    model = XDecoder(model_config(state, heads=4, text_heads=4))
+    del state[HEAD + "decoder_norm.weight"]
+    state[HEAD + "query_feat.weight"] = state[HEAD + "query_feat.weight"][:-1]
+    with pytest.raises(
+        ValueError, match=r"missing: decoder.norm.weight; decoder.contents.weight is \[16, 64\]"
+    ):
+        load(model, state)
+    with pytest.raises(ValueError, match="no parameters of an X-Decoder: vqa_classifier.0.weight"):
+        translate(golden["state_dict"] | {"vqa_classifier.0.weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match="not the weights of an X-Decoder: .*class_embed is missing"):
+        model_config({"conv1.weight": torch.zeros(2)})
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def _official(
+    embed: int, depths: tuple[int, ...], levels: int, queries: int, *, dw: bool
+) -> dict[str, Tensor]:
+    """Names and shapes of an official checkpoint, written down from X-Decoder, 6; no memory behind them."""
+    shapes: dict[str, tuple[int, ...]] = {"backbone_proj": (8 * embed, 512), "criterion.empty_weight": (134,)}
+
+    def add(name: str, *shape: int, bias: int = 0) -> None:
+        shapes[f"{name}.weight"] = shape
+        if bias:
+            shapes[f"{name}.bias"] = (bias,)
+
+    add("backbone.patch_embed.proj", embed, 3, 7, 7, bias=embed)
+    add("backbone.patch_embed.norm", embed, bias=embed)
+    for s, depth in enumerate(depths):
+        c = embed * 2**s
+        for b in range(depth):
+            block = f"backbone.layers.{s}.blocks.{b}."
+            shapes |= {block + "gamma_1": (c,), block + "gamma_2": (c,)}
+            for i in (1, 2):
+                add(f"{block}norm{i}", c, bias=c)
+                if dw:
+                    add(f"{block}dw{i}", c, 1, 3, 3, bias=c)
+            add(block + "modulation.f", 2 * c + levels + 1, c, bias=2 * c + levels + 1)
+            add(block + "modulation.h", c, c, 1, 1, bias=c)
+            add(block + "modulation.proj", c, c, bias=c)
+            for level in range(levels):
+                add(f"{block}modulation.focal_layers.{level}.0", c, 1, 3 + 2 * level, 3 + 2 * level)
+            add(block + "mlp.fc1", 4 * c, c, bias=4 * c)
+            add(block + "mlp.fc2", c, 4 * c, bias=c)
+        add(f"backbone.norm{s}", c, bias=c)
+        if s < 3:
+            add(f"backbone.layers.{s}.downsample.proj", 2 * c, c, 3, 3, bias=2 * c)
+            add(f"backbone.layers.{s}.downsample.norm", 2 * c, bias=2 * c)
+
+    def attention(name: str) -> None:
+        shapes[f"{name}.in_proj_weight"], shapes[f"{name}.in_proj_bias"] = (1536, 512), (1536,)
+        add(f"{name}.out_proj", 512, 512, bias=512)
+
+    pixel = "sem_seg_head.pixel_decoder."
+    add(pixel + "input_proj", 512, 8 * embed, 1, 1, bias=512)
+    for k in (1, 2, 3):
+        add(f"{pixel}adapter_{k}", 512, embed * 2 ** (k - 1), 1, 1)
+        add(f"{pixel}adapter_{k}.norm", 512, bias=512)
+    for k in (1, 2, 3, 4):
+        add(f"{pixel}layer_{k}", 512, 512, 3, 3)
+        add(f"{pixel}layer_{k}.norm", 512, bias=512)
+    add(pixel + "mask_features", 512, 512, 3, 3, bias=512)
+    for i in range(6):
+        layer = f"{pixel}transformer.encoder.layers.{i}."
+        attention(layer + "self_attn")
+        add(layer + "linear1", 2048, 512, bias=2048)
+        add(layer + "linear2", 512, 2048, bias=512)
+        add(layer + "norm1", 512, bias=512)
+        add(layer + "norm2", 512, bias=512)
+    for name in ("class_embed", "caping_embed", "lang_encoder.lang_proj"):
+        shapes[HEAD + name] = (512, 512)
+    shapes[HEAD + "self_attn_mask"] = (1, queries + 77, queries + 77)
+    shapes[HEAD + "lang_encoder.logit_scale"] = ()
+    add(HEAD + "query_feat", queries, 512)
+    add(HEAD + "query_embed", queries, 512)
+    add(HEAD + "level_embed", 3, 512)
+    add(HEAD + "pos_embed_caping", 77, 512)
+    add(HEAD + "decoder_norm", 512, bias=512)
+    for i in range(3):
+        add(f"{HEAD}mask_embed.layers.{i}", 512, 512, bias=512)
+    for i in range(9):
+        for kind, part in (("cross", "multihead_attn"), ("self", "self_attn")):
+            attention(f"{HEAD}transformer_{kind}_attention_layers.{i}.{part}")
+            add(f"{HEAD}transformer_{kind}_attention_layers.{i}.norm", 512, bias=512)
+        add(f"{HEAD}transformer_ffn_layers.{i}.linear1", 2048, 512, bias=2048)
+        add(f"{HEAD}transformer_ffn_layers.{i}.linear2", 512, 2048, bias=512)
+        add(f"{HEAD}transformer_ffn_layers.{i}.norm", 512, bias=512)
+    text = HEAD + "lang_encoder.lang_encoder."
+    add(text + "token_embedding", 49408, 512)
+    shapes[text + "positional_embedding"] = (77, 512)
+    add(text + "ln_final", 512, bias=512)
+    for i in range(12):
+        block = f"{text}resblocks.{i}."
+        attention(block + "attn")
+        add(block + "ln_1", 512, bias=512)
+        add(block + "ln_2", 512, bias=512)
+        add(block + "mlp.c_fc", 2048, 512, bias=2048)
+        add(block + "mlp.c_proj", 512, 2048, bias=512)
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+# entries and millions of parameters as the reference counted them
+@pytest.mark.parametrize(
+    ("official", "entries", "millions"),
+    [
+        (_official(96, (2, 2, 6, 2), 3, 101, dw=True), 726, 164.49),
+        (_official(192, (2, 2, 18, 2), 4, 201, dw=False), None, 341.6),
+    ],
+    ids=["Focal-T", "Focal-L"],
+)
+def test_every_official_name_has_one_place_in_ours(
+    official: dict[str, Tensor], entries: int | None, millions: float
+) -> None:
+    assert entries is None or len(official) == entries
+    config = model_config(official)
+    with torch.device("meta"):
+        model = XDecoder(config)
+    load(model, official)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert (config.heads, config.decoder_layers, config.encoder_layers, config.text.layers) == (8, 9, 6, 12)
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def test_what_exists_only_for_equality_is_off() -> None:
+    assert set(QuirksConfig().model_dump().values()) == {False}
+    assert set(QUIRKS.model_dump().values()) == {True}
+    assert ModelConfig().quirks == QuirksConfig() and not LossConfig().same_phrases
+    assert TextConfig().norm_eps == 1e-5
+    for section, field in ((QuirksConfig, None), (LossConfig, "same_phrases"), (TextConfig, "norm_eps")):
+        fields = section.model_fields
+        assert all(fields[name].description for name in ([field] if field else fields))
+
+
+def test_a_focal_net_names_stages_that_do_not_fit() -> None:
+    wrong = BackboneConfig(name="focal", out_indices=(0, 1, 2, 3), options={"depths": (1, 1)})
+    with pytest.raises(ValueError, match=r"depths \[1, 1\].*out_indices \[0, 1, 2, 3\]"):
+        XDecoder(ModelConfig(backbone=wrong))
+
+
+def test_equal_phrases_share_their_targets() -> None:
+    ids = torch.tensor([[1, 2, 0], [1, 3, 0], [1, 2, 0], [4, 4, 4]])
+    same = equal_phrases(ids, (3, 1))
+    assert same[0].tolist() == [[True, False, True], [False, True, False], [True, False, True]]
+    assert same[1].tolist() == [[True]]
+    logits = torch.randn(1, 1, 5, 3, generator=torch.Generator().manual_seed(0))
+    queries, targets = torch.tensor([1, 2, 4]).numpy(), torch.tensor([2, 0, 1]).numpy()
+    log_p = logits[0, 0].log_softmax(0)
+    # phrases 0 and 2 are matched to latents 2 and 1, phrase 1 to latent 4
+    shared = -(log_p[[1, 2], 0].mean() + log_p[4, 1] + log_p[[1, 2], 2].mean()) / 3
+    alone = -(log_p[2, 0] + log_p[4, 1] + log_p[1, 2]) / 3
+    pairs = [(queries, targets)]
+    torch.testing.assert_close(grounding_loss(logits, pairs, same[:1]), shared)
+    torch.testing.assert_close(grounding_loss(logits, pairs), alone)
