@@ -1,7 +1,7 @@
 """The door: `python -m jobs`. It reads the command line, calls, prints; nothing is decided here.
 
     python -m jobs FILE.yaml [a.b=value ...] [--dry-run]   run a job file, as `ray job submit FILE.yaml` does
-    python -m jobs demo DIR | datasets ... | models ... | predict ... | story
+    python -m jobs demo DIR | datasets ... | models ... | predict ... | import CHECKPOINT | story
 
 What a user can mend is one message on stderr and exit status 2; XDECODER_TRACEBACK=1 shows where it came
 from. A promotion that was required and refused is status 1.
@@ -134,11 +134,26 @@ def _models(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _import(arguments: argparse.Namespace) -> int:
+    from jobs.adopt import adopt
+
+    outcome = adopt(
+        arguments.checkpoint,
+        arguments.out or Path(arguments.checkpoint.stem),
+        heads=arguments.heads,
+        text_heads=arguments.text_heads,
+        registered_model=arguments.model,
+        store=store.resolve(arguments.store),
+    )
+    console.report(outcome, as_json=arguments.json)
+    return 0
+
+
 def _resolved(job: AnyJob) -> str:
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, default_flow_style=None).rstrip()
 
 
-COMMANDS = ("run", "demo", "datasets", "models", "predict", "story")
+COMMANDS = ("run", "demo", "datasets", "models", "predict", "import", "story")
 
 
 def _with_command(argv: list[str]) -> list[str]:
@@ -161,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_datasets(commands)
     _add_models(commands)
     _add_predict(commands)
+    _add_import(commands)
 
     _stored(_command(commands, "story", _story, "everything from corpora to a promoted model: `make demo`"))
     return parser
@@ -212,6 +228,15 @@ def _add_predict(commands: Commands) -> None:
     command.add_argument("--model", default="demo")
     command.add_argument("--version", default="champion", help="a number, an alias or 'latest'")
     command.add_argument("--folder", type=Path, help="an exported model instead of the registry's")
+
+
+def _add_import(commands: Commands) -> None:
+    command = _stored(_command(commands, "import", _import, "weights of the original X-Decoder into ours"))
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    command.add_argument("--out", type=Path, help="the model's folder; by default named after the checkpoint")
+    command.add_argument("--model", help="register it under this name, too")
+    command.add_argument("--heads", type=int, help="of attention, which no shape tells; 64 channels each")
+    command.add_argument("--text-heads", type=int, help="of the text encoder, likewise")
 
 
 def _command(

@@ -2,6 +2,9 @@
 or not.
 """
 
+from pathlib import Path
+
+import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
 
@@ -47,3 +50,11 @@ class Taxonomy(BaseModel):
     def seen(self) -> "Taxonomy":
         """The same taxonomy without the classes that have no mask in training."""
         return Taxonomy(name=self.name, categories=tuple(c for c in self.categories if c.seen))
+
+
+def shipped(name: str) -> Taxonomy:
+    """A taxonomy of `schemas/taxonomies`: names of things, then of stuff."""
+    path = Path(__file__).parent / "taxonomies" / f"{name}.yaml"
+    kinds: dict[str, list[str]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    rows = ((entry, kind == "things") for kind, entries in kinds.items() for entry in entries)
+    return Taxonomy(name=name, categories=tuple(Category(name=n, isthing=thing) for n, thing in rows))

@@ -4,6 +4,7 @@ The golden file holds a tiny original: weights, inputs and everything it compute
 """
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.jobs import BackboneConfig, LossConfig, ModelConfig, QuirksConfig, TextConfig
+from jobs.__main__ import main as jobs
+from schemas.jobs import (
+    BackboneConfig,
+    LossConfig,
+    ModelConfig,
+    PretrainJob,
+    QuirksConfig,
+    TextConfig,
+)
+from schemas.jobs import (
+    load as load_job,
+)
+from xdecoder.inference.predictor import Predictor
 from xdecoder.model.original import QUIRKS, load, main, model_config, read, translate
 from xdecoder.model.xdecoder import XDecoder
 from xdecoder.replay import replay
 from xdecoder.training.losses import equal_phrases, grounding_loss
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "xdecoder_seed0.pt"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT.parent / "shared" / "golden" / "xdecoder_seed0.pt"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_file(), reason="needs ../shared/golden")
 HEAD = "sem_seg_head.predictor."
 
@@ -153,6 +167,61 @@ def test_missing_unknown_and_ill_shaped_weights_are_listed(golden: dict[str, Any
         model_config({"conv1.weight": torch.zeros(2)})
 
 
+# ------------------------------------------------------------------------------------------------ import
+
+
+@pytest.fixture
+def checkpoint(golden: dict[str, Any], tmp_path: Path) -> Path:
+    """The golden weights as an official file, prefixed as a training state is."""
+    path = tmp_path / "original.pt"
+    torch.save({"module": {f"model.{name}": t for name, t in golden["state_dict"].items()}}, path)
+    return path
+
+
+@needs_golden
+def test_imported_weights_predict_what_the_original_predicted(
+    golden: dict[str, Any], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "import",
+        str(checkpoint),
+        "--out",
+        str(tmp_path / "model"),
+        "--heads",
+        "4",
+        "--text-heads",
+        "4",
+    ]
+    assert jobs([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept in"] == str(tmp_path / "model")
+    loaded = Predictor.load(tmp_path / "model")
+    classes = loaded.vocabulary.taxonomy
+    assert len(classes.categories) == 133 and len(classes.things) == 80
+    picture = golden["images_uint8"][1].permute(1, 2, 0).to(torch.uint8).numpy()
+    card = loaded.card.model_copy(update={"image_size": max(picture.shape)})  # as it was recorded
+    _, probs, masks, _ = next(iter(Predictor(loaded.model, card)._segments([picture], classes, "panoptic")))
+    assert probs.shape == (17, 134)  # the image query among them
+    torch.testing.assert_close(
+        masks.sigmoid(), golden["seg_eval"]["pred_masks"][1].sigmoid(), atol=1e-4, rtol=0
+    )
+    assert jobs(command) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@needs_golden
+def test_what_is_no_checkpoint_is_refused_and_leaves_nothing(
+    golden: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lacking = {k: v for k, v in golden["state_dict"].items() if "level_embed" not in k}
+    cases = [(lacking, "missing: decoder.level_embed.weight"), ({"a": 1}, "backbone_proj is missing")]
+    for content, says in cases:
+        torch.save(content, tmp_path / "other.pt")
+        out = tmp_path / "out"
+        assert jobs(["import", str(tmp_path / "other.pt"), "--out", str(out), "--heads", "4"]) == 2
+        assert says in capsys.readouterr().err
+        assert not out.exists()
+
+
 # ------------------------------------------------------------------------------------------------ names
 
 
@@ -261,6 +330,20 @@ def test_every_official_name_has_one_place_in_ours(
     load(model, official)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
     assert (config.heads, config.decoder_layers, config.encoder_layers, config.text.layers) == (8, 9, 6, 12)
+
+
+def test_the_recipe_is_the_model_that_official_weights_fill() -> None:
+    job = load_job(ROOT / "jobs" / "recipes" / "xdecoder_original.yaml")
+    assert isinstance(job, PretrainJob)
+    imported = model_config(_official(96, (2, 2, 6, 2), 3, 101, dw=True))
+    options = imported.backbone.options | {"drop_path": 0.3}  # of training, no weights
+    backbone = imported.backbone.model_copy(update={"options": {k: _plain(v) for k, v in options.items()}})
+    ours = job.model.model_copy(update={"init_layers": imported.init_layers})  # of task tokens, which are off
+    assert ours == imported.model_copy(update={"backbone": backbone})
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 # ------------------------------------------------------------------------------------------------ settings

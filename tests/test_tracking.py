@@ -9,13 +9,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from tiny import MODEL, VOCABULARY, train_config
 
 from jobs import journal
+from jobs.adopt import adopt
 from jobs.journal import Follower, MetricRow
 from jobs.tracking import ModelVersion, Tracker, TrackingError, connect
+from xdecoder.inference.predictor import Predictor
+from xdecoder.model.original import read
 from xdecoder.training import checkpoint
 from xdecoder.training.trainer import Trainer
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "xdecoder_seed0.pt"
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +210,15 @@ def test_each_store_keeps_its_own_models(tmp_path: Path, monkeypatch: pytest.Mon
     first, second = connect(tmp_path / "a"), connect(tmp_path / "b")
     assert first.uri != second.uri
     assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason="needs ../shared/golden")
+def test_weights_of_the_original_become_a_version(tracker: Tracker, tmp_path: Path) -> None:
+    torch.save(read(GOLDEN)["state_dict"], tmp_path / "original.pt")
+    store = Path(tracker.uri.removeprefix("sqlite:///")).parent
+    sizes = {"heads": 4, "text_heads": 4}
+    adopt(tmp_path / "original.pt", tmp_path / "model", registered_model="original", store=store, **sizes)
+    version = tracker.version("original", "latest")
+    assert (version.version, version.tags["source"]) == (1, "original.pt")
+    model = Predictor.load(tracker.fetch(version, tmp_path / "cache")).model
+    assert model.config.backbone.name == "focal_dw" and model.config.quirks.masked_image_query

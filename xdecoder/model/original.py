@@ -186,6 +186,18 @@ def model_config(state: State, *, heads: int | None = None, text_heads: int | No
     )
 
 
+def weights(content: Any) -> State:
+    """The state dict in what an official file holds: flat, or in a training state, which prefixes its names.
+
+    Raises `ValueError` where there is none.
+    """
+    state = content.get("module", content) if isinstance(content, Mapping) else {}
+    anchor = next((str(name) for name in state if str(name).endswith("backbone_proj")), None)
+    if anchor is None or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError("not the weights of an X-Decoder: backbone_proj is missing, or not all are tensors")
+    return {name.removeprefix(anchor.removesuffix("backbone_proj")): tensor for name, tensor in state.items()}
+
+
 def _shape(state: State, name: str) -> torch.Size:
     if name not in state:
         raise ValueError(f"not the weights of an X-Decoder: {name} is missing")
