@@ -5,7 +5,6 @@ from typing import Any
 
 from jobs.console import Outcome
 from jobs.store import code_version
-from jobs.tracking import connect
 from schemas.taxonomy import shipped
 from xdecoder.model import original
 from xdecoder.model.files import ModelCard, save_model
@@ -44,6 +43,8 @@ def adopt(
     save_model(model, card, folder)
     facts: dict[str, Any] = {"kept in": str(folder), "parameters": sum(p.numel() for p in model.parameters())}
     if registered_model is not None:
+        from jobs.tracking import connect  # MLflow, which takes seconds
+
         tracker = connect(store)
         tags = {"source": checkpoint.name, "code_version": code_version()}
         params = {"model": config.model_dump(mode="json")}

@@ -23,7 +23,7 @@ from schemas.tasks import TASKS, Task
 from xdecoder.inference import postprocess
 from xdecoder.inference.generate import greedy
 from xdecoder.inference.postprocess import Frame
-from xdecoder.model.decoder import Outputs, PatternName, Pixels
+from xdecoder.model.decoder import Level, Outputs, PatternName, Pixels, Prediction
 from xdecoder.model.original import load, model_config, translate
 from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import XDecoder
@@ -32,6 +32,7 @@ from xdecoder.training import losses
 from xdecoder.training.batch import CaptionTargets, MaskTargets, PhraseTargets, Targets, Work
 
 ABSOLUTE, RELATIVE = 1e-4, 1e-4
+DOUBT = 5e-4  # rounding decides whether a mask logit below it is positive
 PIXELS = 1e-3  # the share of pixels that rounding may move over a threshold
 
 # What ours does otherwise, and why the comparison holds all the same.
@@ -111,6 +112,39 @@ class _Run:
         self.model = XDecoder(model_config(state, heads=heads, text_heads=text_heads)).eval()
         load(self.model, state)
         self.queries = self.model.config.latents + 1
+        self.followed, self.masked = "", 0
+        self.cross_mask = self.model.decoder._cross_mask
+        setattr(self.model.decoder, "_cross_mask", self._settled)  # noqa: B010
+
+    def follow(self, heads: str) -> None:
+        """From here on, attention masks are settled by those of this record."""
+        self.followed = heads
+
+    def rows(self, *, silent: bool) -> slice:
+        """Ours among the original's queries: a referring request's latents are copies behind all others."""
+        return slice(self.queries, None) if silent else slice(self.queries)
+
+    def _settled(
+        self, prediction: Prediction, level: Level, images: Tensor, looking: int, silent: bool = False
+    ) -> Tensor:
+        """The decoder's attention mask; where rounding decides a cell, the original's decision holds.
+
+        Otherwise a cell may fall to the other side, and then everything behind it differs.
+        """
+        ours = self.cross_mask(prediction, level, images, looking, silent)
+        recorded = self.golden[self.followed]
+        theirs = recorded[self.masked % (len(recorded) - 1)]["attn_mask"]
+        theirs = theirs.unflatten(0, (-1, self.model.config.heads))[images, 0, self.rows(silent=silent)]
+        self.masked += 1
+        doubtful = self.doubtful(prediction, level, images, silent=silent)
+        part = ours[:, 0, : doubtful.shape[1]]
+        part.copy_(torch.where(doubtful, theirs, part))
+        return ours
+
+    def doubtful(self, prediction: Prediction, level: Level, images: Tensor, *, silent: bool) -> Tensor:
+        """bool[R, O or Q, hw]: mask logits that are zero within rounding."""
+        whole = prediction if silent else prediction.with_image()
+        return (whole.mask_embed @ level.mask_features[images]).abs() < DOUBT
 
     @cached_property
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -190,43 +224,56 @@ def _phrases(run: _Run) -> tuple[TextFeatures, Tensor]:
 def _decoder(run: _Run) -> Iterator[Stage]:
     """Every layer's heads, in the four layouts of queries that were recorded."""
     golden, pixels, words = run.golden, run.recorded_pixels(), run.model.text
+    names = golden["text", "class_emb_normed"]
     pictures = len(golden["batched"])
+    run.follow("seg_eval_heads")
     asked = run.ask(pixels, "segmentation", pictures)
-    yield from _heads(run, "segmentation", pixels, asked, golden["seg_eval_heads"])
+    yield from _heads(run, "segmentation", pixels, asked, golden["seg_eval_heads"], names)
+    run.follow("grounding_eval_heads")
     asked = run.ask(pixels, "referring", 1, _phrases(run)[0])
-    yield from _heads(run, "referring", pixels, asked, golden["grounding_eval_heads"])
+    yield from _heads(run, "referring", pixels, asked, golden["grounding_eval_heads"], names)
+    run.follow("vlp_train_heads")
     asked = run.ask(pixels, "captioning", pictures, words(golden["vlp_in", "input_ids"]))
-    yield from _heads(run, "captioning", pixels, asked, golden["vlp_train_heads"])
+    yield from _heads(run, "captioning", pixels, asked, golden["vlp_train_heads"], names)
     tokens = golden["seg_grounding_tokens_padded"].transpose(0, 1)
+    run.follow("seg_train_heads")
     asked = run.ask(pixels, "referring", pictures, _as_text(tokens))
-    yield from _heads(run, "referring, padded", pixels, asked, golden["seg_train_heads"])
+    yield from _heads(
+        run, "referring, padded", pixels, asked, golden["seg_train_heads"], golden["coco_text_emb"]
+    )
 
 
 def _heads(
-    run: _Run, name: str, pixels: Pixels, outputs: Outputs, recorded: Sequence[Mapping[str, Any]]
+    run: _Run,
+    name: str,
+    pixels: Pixels,
+    outputs: Outputs,
+    recorded: Sequence[Mapping[str, Any]],
+    classes: Tensor,
 ) -> Iterator[Stage]:
-    """One stage a layer: meanings, masks, slots; and one for the attention masks of all."""
+    """One stage a layer: meanings, masks, class logits, slots; and one for the attention masks of all."""
     referring, alone = name.startswith("referring"), len(outputs.images) < len(pixels.pooled)
     moved = []
     for layer, (prediction, theirs) in enumerate(zip(outputs.predictions, recorded, strict=True)):
-        # a referring request's latents are copies that stand behind the original's own queries
-        rows = slice(run.queries, None) if referring else slice(run.queries)
+        rows = run.rows(silent=referring)
         whole = prediction if referring else prediction.with_image()
-        masks, recorded_masks = (
-            run.model.masks(whole, pixels, outputs.images),
-            theirs["outputs_mask"][:, rows],
-        )
+        masks = run.model.masks(whole, pixels, outputs.images)
+        recorded_masks = theirs["outputs_mask"][:, rows]
         if alone:  # other rounding: the original computed its maps anew, for one picture
             masks, recorded_masks = masks.sigmoid(), recorded_masks.sigmoid()
-        pairs = [(whole.semantic, theirs["outputs_caption"][:, rows]), (masks, recorded_masks)]
+        pairs = [
+            (masks, recorded_masks),
+            (whole.semantic, theirs["outputs_caption"][:, rows]),
+            (run.model.similarity(whole.semantic, classes), theirs["outputs_class"][:, rows]),
+        ]
         if theirs["outputs_captionting"] is not None and whole.text is not None:
             pairs.append((run.model.caption_embed(whole.text), theirs["outputs_captionting"]))
         yield Stage(name=f"{name}, layer {layer}", difference=_largest(pairs), tolerance=ABSOLUTE)
         level = pixels.levels[layer % len(pixels.levels)]
-        ours = run.model.decoder._cross_mask(prediction, level, outputs.images, run.queries, silent=referring)
+        ours = run.cross_mask(prediction, level, outputs.images, run.queries, referring)
         blocked = theirs["attn_mask"].unflatten(0, (len(masks), -1))[:, 0, rows]  # alike for all heads
-        logits = whole.mask_embed @ level.mask_features[outputs.images]
-        clear = (logits.abs() > ABSOLUTE) & ~(logits < 0).all(-1, keepdim=True)  # rounding cannot decide
+        clear = ~run.doubtful(prediction, level, outputs.images, silent=referring)
+        clear &= ~blocked.all(-1, keepdim=True)  # of the last layer, whose mask blocks no layer, as it was
         moved.append(_largest([((ours[:, 0, : clear.shape[1]] & clear).float(), (blocked & clear).float())]))
     yield Stage(name=f"{name}, attention masks", difference=_worst(moved), tolerance=0)
 
@@ -301,6 +348,7 @@ def _from_the_picture(run: _Run) -> Iterator[Stage]:
     """From pixels and words to answers, with nothing recorded in between."""
     golden, model = run.golden, run.model
     pixels = model.encode(*run.batch)
+    run.follow("seg_eval_heads")
     final = run.ask(pixels, "segmentation", len(run.batch[0])).final
     whole, rows = final.with_image(), torch.arange(len(run.batch[0]))
     classes = F.normalize(model.text(golden["text", "input_ids"]).sentence, dim=-1)
@@ -313,11 +361,13 @@ def _from_the_picture(run: _Run) -> Iterator[Stage]:
         "retrieval, backbone", model.embed_pooled(pixels), golden["retrieval_eval", "image_embed_backbone"]
     )
     text, sentences = _phrases(run)
+    run.follow("grounding_eval_heads")
     meant = run.ask(pixels, "referring", 1, text).final
     similarity = model.similarity(meant.semantic[0], sentences[0])
     yield _referring(run, " from the picture", similarity, model.masks(meant, pixels, rows[:1])[0])
     ids, steps = golden["captioning_infer", "tokens"], run.decoder["CAPTIONING", "STEP"]
     theirs = [detokenize(row[1 : steps + 1]) for row in ids.tolist()]
+    run.follow("seg_eval_heads")
     ours = greedy(model, pixels, rows, torch.zeros(len(rows), model.config.width), steps)
     other = sum(a != b for a, b in zip(ours, theirs, strict=True))
     yield Stage(name="greedy captions that differ", difference=other, tolerance=0)
@@ -345,8 +395,11 @@ def _training(run: _Run) -> Iterator[Stage]:
     """The loss terms with the recorded draws, their weighted sum, and the gradient of every parameter."""
     golden, model = run.golden, run.model
     scene = _scene(run)
-    terms = _segmentation(run, scene) | _grounding(run, scene) | _image_text(run, scene)
+    run.follow("seg_train_heads")
+    terms = _segmentation(run, scene) | _grounding(run, scene)
     nouns = _noun_loss(run, scene)
+    run.follow("vlp_train_heads")
+    terms |= _image_text(run, scene)
     recorded = golden["seg_losses_unweighted"] | golden["vlp_losses_unweighted"]
     for name, value in (*terms.items(), ("nouns (by formula)", nouns)):
         theirs = TERMS.get(name, NOUNS)
