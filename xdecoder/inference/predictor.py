@@ -23,6 +23,7 @@ from schemas.masks import Array, area_and_bbox, encode_rle
 from schemas.tasks import TASKS, Task
 from schemas.taxonomy import Category, Taxonomy
 from xdecoder.inference import draw, generate, postprocess
+from xdecoder.inference.generate import GREEDY, Search
 from xdecoder.inference.postprocess import Frame, Instances, PanopticMap
 from xdecoder.model.decoder import Pixels
 from xdecoder.model.files import ModelCard, load_model
@@ -273,13 +274,15 @@ class Predictor:
                 rows.append(torch.stack([F.normalize(x, dim=-1) @ sentences.T for x in both]).mean(0).cpu())
         return RetrievalResult(texts=tuple(texts), scores=torch.cat(rows).numpy())
 
-    def caption(self, images: Sequence[Picture], *, max_tokens: int = 50) -> list[TextResult]:
+    def caption(
+        self, images: Sequence[Picture], *, max_tokens: int = 50, search: Search = GREEDY
+    ) -> list[TextResult]:
         """A sentence about each picture."""
         results = []
         for pixels, arrays in self._squared(images):
             where = torch.arange(len(arrays), device=self.device)
             task = self._task("captioning", len(arrays))
-            texts = generate.greedy(self.model, pixels, where, task, max_tokens)
+            texts = generate.captions(self.model, pixels, where, task, max_tokens, search)
             results += [TextResult(image=a, text=t) for a, t in zip(arrays, texts, strict=True)]
         return results
 

@@ -9,7 +9,7 @@ Letters: `B` images, `R` requests, `O` latents, `T` text tokens, `S` all queries
 `h w` a level's grid, `L` decoder layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.jobs import ModelConfig
-from xdecoder.model.layers import Attention, FeedForward, Mlp, matrix, sine_positions
+from xdecoder.model.layers import Attention, FeedForward, Kept, Mlp, matrix, sine_positions
 from xdecoder.model.text import TextFeatures
 
 Kind = Literal["latent", "image", "task", "text"]
@@ -162,6 +162,20 @@ class Outputs:
         return self.predictions[-1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hearing:
+    """What the words of R growing captions attend to in one layer.
+
+    picture    keys and values float[R, hw, D], projected once; outside bool[R, 1, 1, hw]
+    queries    the other queries, `others` of them, then the words so far
+    """
+
+    picture: tuple[Tensor, Tensor]
+    outside: Tensor
+    queries: Kept
+    others: int
+
+
 class _Layer(nn.Module):
     """Cross-attention, self-attention, feed-forward; each residual and normalised after."""
 
@@ -179,24 +193,38 @@ class _Layer(nn.Module):
         images: Tensor,
         outside: Tensor,
         deaf: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x, position float[R, S, D]; the first n queries look, n being the rows of `outside`.
 
-        outside bool[R, 1, n, hw] and deaf bool[R or 1, 1, S, S] forbid looking and talking where True
+        outside bool[R, 1, n, hw] and deaf bool[R or 1, 1, S, S] forbid looking and talking where True.
+        Returns the queries, and the keys and values by which they heard one another.
         """
         looking = outside.shape[2]
-        seen = self._look(x[:, :looking], position[:, :looking], level, images, outside)
+        seen = self._look(x[:, :looking], position[:, :looking], self.picture(level, images), outside)
         return self._talk(torch.cat((seen, x[:, looking:]), 1), position, deaf)
 
-    def _look(self, x: Tensor, position: Tensor, level: Level, images: Tensor, outside: Tensor) -> Tensor:
-        keys, values = self.cross.project(level.memory + level.positions, level.memory)  # once an image
-        rows = (keys.index_select(0, images), values.index_select(0, images))
-        return self.norm1(x + self.cross(x + position, *rows, outside))
+    def extend(self, x: Tensor, position: Tensor, hearing: Hearing, deaf: Tensor | None) -> Tensor:
+        """New words of growing captions, float[R, n, D]; deaf bool[R, 1, n, M] of all that is heard."""
+        seen = self._look(x, position, hearing.picture, hearing.outside)
+        return self._talk(seen, position, deaf, hearing.queries)[0]
 
-    def _talk(self, x: Tensor, position: Tensor, deaf: Tensor | None) -> Tensor:
+    def picture(self, level: Level, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a level, float[R, hw, D] each, projected once an image."""
+        keys, values = self.cross.project(level.memory + level.positions, level.memory)
+        return keys.index_select(0, images), values.index_select(0, images)
+
+    def _look(self, x: Tensor, position: Tensor, picture: tuple[Tensor, Tensor], outside: Tensor) -> Tensor:
+        return self.norm1(x + self.cross(x + position, *picture, outside))
+
+    def _talk(
+        self, x: Tensor, position: Tensor, deaf: Tensor | None, before: Kept | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         placed = x + position
-        x = self.norm2(x + self.self(placed, *self.self.project(placed, x), deaf))
-        return self.norm3(x + self.ffn(x))
+        keys, values = self.self.project(placed, x)
+        if before is not None:
+            keys, values = before.add(keys, values)
+        x = self.norm2(x + self.self(placed, keys, values, deaf))
+        return self.norm3(x + self.ffn(x)), (keys, values)
 
 
 class _QueryInit(nn.Module):
@@ -215,7 +243,7 @@ class _QueryInit(nn.Module):
         x = task[:, None].expand(-1, position.shape[-2], -1)
         outside = level.padding[images][:, None, None].expand(-1, -1, x.shape[1], -1)
         for layer in self.layers:
-            x = layer(x, position, level, images, outside)
+            x, _ = layer(x, position, level, images, outside)
         return x
 
 
@@ -258,18 +286,62 @@ class Decoder(nn.Module):
             self.query_init = _QueryInit(width, heads, config.ffn, config.init_layers)
 
     def forward(self, pixels: Pixels, request: Request) -> Outputs:
+        return self._decode(pixels, request)[0]
+
+    def listen(
+        self, pixels: Pixels, images: Tensor, task: Tensor, room: int, region: Tensor | None = None
+    ) -> tuple[Hearing, ...]:
+        """Decode what a caption is written from, once: nothing that is said of a picture changes it.
+
+        images int64[R], task float[R, D] as in `Request`; room for so many words of each; region bool[R, H,
+        W], the only part of the picture that the words look at (X-Decoder, 2.5). Returns one a layer.
+        """
+        _, heard = self._decode(pixels, Request(pattern="captioning", images=images, task=task))
+        sees = PATTERNS["captioning"].sees["text"]
+        heeded = [i for i, kind in enumerate(self._kinds(heard[0][0].shape[1])) if kind in sees]
+        hearings = []
+        for i, (layer, (keys, values)) in enumerate(zip(self.layers, heard, strict=True)):
+            assert isinstance(layer, _Layer)
+            level = pixels.levels[i % len(pixels.levels)]
+            hearings.append(
+                Hearing(
+                    picture=layer.picture(level, images),
+                    outside=_outside(level, images, region)[:, None, None],
+                    queries=Kept(keys[:, heeded], values[:, heeded], room),
+                    others=len(heeded),
+                )
+            )
+        return tuple(hearings)
+
+    def extend(self, words: Tensor, place: int, hearings: Sequence[Hearing], deaf: Tensor | None) -> Tensor:
+        """Words at `place` of growing captions: tokens float[R, n, D] -> text queries float[R, n, D],
+        normalised.
+
+        hearings   from `listen`; hold the words of earlier calls, and keep these
+        deaf       bool[R, 1, n, M], which of all M words so far do not stand in front; None where all do
+        """
+        x, position = words, words + self.caption_positions.weight[place]
+        for layer, hearing in zip(self.layers, hearings, strict=True):
+            assert isinstance(layer, _Layer)
+            others = None if deaf is None else F.pad(deaf, (hearing.others, 0))
+            x = layer.extend(x, position, hearing, others)
+        return self.norm(x)
+
+    def _decode(self, pixels: Pixels, request: Request) -> tuple[Outputs, list[tuple[Tensor, Tensor]]]:
+        """The outputs, and for each layer the keys and values by which the queries heard one another."""
         pattern = PATTERNS[request.pattern]
         x, position, initial = self._queries(request, pattern, pixels.levels[-1])
         deaf = self._self_mask(pattern, request, x)
         silent = 0 if pattern.looks or request.text is None else request.text.tokens.shape[1]
         looking = x.shape[1] - silent
-        predictions = [self._predict(x, request, pixels)]
+        predictions, heard = [self._predict(x, request, pixels)], []
         for i, layer in enumerate(self.layers):
             level = pixels.levels[i % len(pixels.levels)]
             outside = self._cross_mask(predictions[-1], level, request.images, looking)
-            x = layer(x, position, level, request.images, outside, deaf)
+            x, keys = layer(x, position, level, request.images, outside, deaf)
             predictions.append(self._predict(x, request, pixels))
-        return Outputs(predictions=tuple(predictions), images=request.images, initial=initial)
+            heard.append(keys)
+        return Outputs(predictions=tuple(predictions), images=request.images, initial=initial), heard
 
     def name_regions(self, pixels: Pixels, images: Tensor, masks: Tensor) -> Tensor:
         """The meaning of given regions by their looks alone.
@@ -393,6 +465,19 @@ def _shares(mask_embed: Tensor, level: Level, images: Tensor) -> Tensor:
     """How much each cell of a level belongs to each mask, float[R, O, hw] in [0, 1]; padding to none."""
     inside = ~level.padding[images][:, None]
     return (mask_embed @ level.mask_features[images]).sigmoid() * inside
+
+
+@torch.no_grad()
+def _outside(level: Level, images: Tensor, region: Tensor | None) -> Tensor:
+    """bool[R, hw], the cells of a level that lie in the padding or, unless none is left, outside a region
+    bool[R, H, W]; a cell that touches the region is inside.
+    """
+    padding = level.padding.index_select(0, images)
+    if region is None:
+        return padding
+    touched = F.adaptive_max_pool2d(region[:, None].float(), level.grid).flatten(1) > 0
+    outside = padding | ~touched
+    return padding | (outside & ~outside.all(-1, keepdim=True))
 
 
 def _pool(image: Tensor, latents: Tensor) -> Tensor:
