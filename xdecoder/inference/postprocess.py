@@ -156,11 +156,16 @@ def referring(similarity: Tensor, mask_logits: Tensor, frame: Frame) -> Array:
 
     similarity float32[Q, P], mask_logits float32[Q, h, w] -> bool[P, H, W].
     """
-    chosen = mask_logits[similarity.argmax(0)]
-    masks = np.zeros((len(chosen), *frame.original), dtype=bool)
-    for rows, probs in _full_size_probs(chosen, frame):
-        masks[rows] = (probs > 0.5).cpu().numpy()
-    return masks
+    return masks(mask_logits[similarity.argmax(0)], frame)
+
+
+@torch.no_grad()
+def masks(mask_logits: Tensor, frame: Frame) -> Array:
+    """Each mask on its own, sigmoid > 0.5: float32[P, h, w] -> bool[P, H, W]."""
+    inside = np.zeros((len(mask_logits), *frame.original), dtype=bool)
+    for rows, probs in _full_size_probs(mask_logits, frame):
+        inside[rows] = (probs > 0.5).cpu().numpy()
+    return inside
 
 
 def _chunk(frame: Frame) -> int:

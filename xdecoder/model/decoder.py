@@ -114,6 +114,59 @@ class Pixels:
     levels: tuple[Level, ...]
     pooled: Tensor
 
+    def select(self, images: Tensor) -> "Pixels":
+        """The pictures int64[n] of the batch, in this order."""
+        rows = images.to(self.pooled.device)
+        return Pixels(
+            mask_features=self.mask_features[rows],
+            levels=tuple(
+                Level(
+                    grid=level.grid,
+                    memory=level.memory[rows],
+                    positions=level.positions[rows],
+                    padding=level.padding[rows],
+                    mask_features=level.mask_features[rows],
+                )
+                for level in self.levels
+            ),
+            pooled=self.pooled[rows],
+        )
+
+
+def join(parts: Sequence[Pixels]) -> Pixels:
+    """Pictures that were encoded apart -> one batch: maps grow to the largest grid, what is added is
+    padding.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return Pixels(
+        mask_features=_cat([part.mask_features for part in parts]),
+        levels=tuple(_join_levels(levels) for levels in zip(*(part.levels for part in parts), strict=True)),
+        pooled=torch.cat([part.pooled for part in parts]),
+    )
+
+
+def _join_levels(levels: Sequence[Level]) -> Level:
+    def joined(flat: list[Tensor]) -> Tensor:
+        """float[B, hw, D] of every level, grown as maps and flattened again."""
+        maps = [x.mT.unflatten(2, level.grid) for x, level in zip(flat, levels, strict=True)]
+        return _cat(maps).flatten(2).mT
+
+    small = _cat([level.mask_features.unflatten(2, level.grid) for level in levels])
+    return Level(
+        grid=(small.shape[2], small.shape[3]),
+        memory=joined([level.memory for level in levels]),
+        positions=joined([level.positions for level in levels]),
+        padding=_cat([level.padding.unflatten(1, level.grid) for level in levels], fill=1).flatten(1),
+        mask_features=small.flatten(2),
+    )
+
+
+def _cat(maps: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """Maps [B_i, ..., h_i, w_i] of different sizes -> [sum of B_i, ..., h, w], filled below and right."""
+    height, width = (max(x.shape[axis] for x in maps) for axis in (-2, -1))
+    return torch.cat([F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=fill) for x in maps])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
