@@ -2,6 +2,8 @@
 or not.
 """
 
+from collections import Counter
+
 from pydantic import BaseModel, ConfigDict, model_validator
 
 
@@ -28,8 +30,8 @@ class Taxonomy(BaseModel):
 
     @model_validator(mode="after")
     def _unique(self) -> "Taxonomy":
-        names = [c.name for c in self.categories]
-        twice = sorted({n for n in names if names.count(n) > 1})
+        names = Counter(c.name for c in self.categories)
+        twice = sorted(name for name, count in names.items() if count > 1)
         if not names or twice:
             raise ValueError(
                 f"taxonomy {self.name!r}: " + (f"names stand twice: {twice}" if twice else "no classes")

@@ -432,7 +432,7 @@ class Decoder(nn.Module):
         """Content and position of all queries, float[R, S, D] each, in the order latent, image, task,
         text.
         """
-        rows, count = len(request.images), self.latents
+        rows, count = request.images.shape[0], self.latents
         places = self.positions.weight.expand(rows, -1, -1)
         latents, image = self.contents.weight.split((count, 1))
         initial = None
