@@ -11,6 +11,7 @@ import torch
 from tiny import model
 from torch import Tensor
 
+from schemas.jobs import CaptionConfig
 from schemas.tasks import TASKS
 from xdecoder.inference.generate import Search, captions, greedy
 from xdecoder.model.decoder import Pixels
@@ -173,6 +174,11 @@ def test_searches_differ_and_keep_their_rules() -> None:
             assert len(set(runs)) == len(runs), (name, found)
     assert sum(map(len, said("short ones favoured"))) < sum(map(len, said("long ones favoured")))
     assert min(map(len, said("two beams"))) < 5 <= min(map(len, said("at least five, greedy")))
+
+
+def test_the_job_files_captions_are_greedy_unless_said_otherwise() -> None:
+    assert Search(**CaptionConfig().model_dump()) == Search()
+    assert Search(**CaptionConfig(beams=5, no_repeat=3).model_dump()) == Search(beams=5, no_repeat=3)
 
 
 @pytest.mark.parametrize("wrong", [{"beams": 0}, {"min_tokens": -1}, {"no_repeat": -1}])

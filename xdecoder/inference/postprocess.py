@@ -181,7 +181,8 @@ def _full_size_probs(mask_logits: Tensor, frame: Frame) -> Iterator[tuple[slice,
         part = mask_logits[None, first : first + step].float()
         part = F.interpolate(part, size=frame.padded, mode="bilinear", align_corners=False)
         part = part[..., : frame.valid[0], : frame.valid[1]]
-        part = F.interpolate(part, size=frame.original, mode="bilinear", align_corners=False)
+        if frame.valid != frame.original:
+            part = F.interpolate(part, size=frame.original, mode="bilinear", align_corners=False)
         yield slice(first, first + step), part[0].sigmoid()
 
 
