@@ -2,9 +2,9 @@
 
     python -m benchmarks.sharing [--side 512] [--rounds 3] [--backbone focalnet_tiny_srf]
 
-Paired in one run: the panoptic answer alone; panoptic, semantic and instance of a picture that was seen once;
-and the three without sharing. From pixels to full-size answers, at the paper's width and depth with random
-weights, in seconds of this process's CPU.
+Paired in one run: the panoptic answer alone; panoptic, semantic and instance of a picture that was seen once,
+decoded together or one after the other; and the three without sharing. From pixels to full-size answers, at
+the paper's width and depth with random weights, in seconds of this process's CPU.
 """
 
 import argparse
@@ -52,6 +52,7 @@ def main() -> None:
 
     ways: dict[str, Callable[[], object]] = {
         "one": lambda: predictor.panoptic([picture], object_threshold=0),
+        "three, together": lambda: three(predictor.see([picture], ("panoptic", "semantic", "instance"))),
         "three, seen once": lambda: three(predictor.see([picture])),
         "three, apart": lambda: three([picture]),
     }

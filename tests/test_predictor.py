@@ -251,6 +251,25 @@ def test_pictures_that_were_seen_pass_the_backbone_once(
         assert result.to_json() == ask(predictor, pictures[0]).to_json()
 
 
+def test_tasks_that_are_named_beforehand_share_one_decoder_pass(
+    predictor: Predictor, pictures: list[Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    ask = predictor.model.ask
+    monkeypatch.setattr(predictor.model, "ask", lambda *x: (rows.append(len(x[2])), ask(*x))[1])
+    several, of_each = predictor.see([*pictures, pictures[0]], ["panoptic", "semantic", "instance"]), {}
+    for name, method in (
+        ("panoptic", lambda images: predictor.panoptic(images, object_threshold=0)),
+        ("semantic", predictor.semantic),
+        ("instance", lambda images: predictor.instance(images, top_k=5)),
+    ):
+        of_each[name] = [result.to_json() for result in method(several)]
+    assert rows == [6, 3], "two pictures a batch, three tasks each, in one pass"
+    for name, results in of_each.items():
+        for result, picture in zip(results, [*pictures, pictures[0]], strict=True):
+            assert result == ASK[name](predictor, picture).to_json()
+
+
 def test_a_question_about_one_picture_refuses_several(predictor: Predictor, pictures: list[Array]) -> None:
     seen = predictor.see(pictures)
     for ask in (predictor.refer, predictor.answer, predictor.describe):

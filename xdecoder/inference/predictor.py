@@ -27,7 +27,7 @@ from schemas.taxonomy import Category, Taxonomy
 from xdecoder.inference import draw, generate, postprocess
 from xdecoder.inference.generate import GREEDY, Search
 from xdecoder.inference.postprocess import Frame, Instances, PanopticMap
-from xdecoder.model.decoder import Pixels
+from xdecoder.model.decoder import Pixels, Prediction
 from xdecoder.model.files import ModelCard, load_model
 from xdecoder.model.xdecoder import ClassTexts, XDecoder
 from xdecoder.prompts import END
@@ -214,8 +214,8 @@ class Seen:
     What is known of all of them stays in memory as long as this does.
     """
 
-    def __init__(self, arrays: tuple[Array, ...], predictor: "Predictor") -> None:
-        self.arrays = arrays
+    def __init__(self, arrays: tuple[Array, ...], tasks: tuple[Task, ...], predictor: "Predictor") -> None:
+        self.arrays, self.tasks = arrays, tasks
         self._predictor = predictor
 
     @cached_property
@@ -225,6 +225,11 @@ class Seen:
     @cached_property
     def squared(self) -> list[_Squared]:
         return list(self._predictor._squared(self.arrays))
+
+    @cached_property
+    def decoded(self) -> list[list[Prediction]]:
+        """For each batch of `fitted`, what the latents say under each of `tasks`, from one decoder pass."""
+        return [self._predictor._decode(batch, self.tasks) for batch in self.fitted]
 
 
 Pictures = Sequence[Picture] | Seen
@@ -248,12 +253,15 @@ class Predictor:
         model, card = load_model(Path(folder), device)
         return cls(model, card, device=device)
 
-    def see(self, images: Sequence[Picture]) -> Seen:
+    def see(self, images: Sequence[Picture], tasks: Sequence[Task] = ()) -> Seen:
         """Encode pictures once for several questions: what it returns may stand for the pictures everywhere.
 
-        seen = predictor.see(["street.jpg"]); predictor.panoptic(seen); predictor.refer(seen, ["the bus"])
+        tasks    those of semantic, instance and panoptic that will be asked: they are decoded together
+
+        seen = predictor.see(["street.jpg"], ["panoptic", "semantic"])
+        predictor.panoptic(seen); predictor.semantic(seen); predictor.refer(seen, ["the bus"])
         """
-        return Seen(tuple(read_picture(image) for image in _some(images)), self)
+        return Seen(tuple(read_picture(image) for image in _some(images)), tuple(tasks), self)
 
     # --------------------------------------------------------------------------------------------
     # segmentation
@@ -482,13 +490,31 @@ class Predictor:
     ) -> Iterator[tuple[Array, Tensor, Tensor, Frame]]:
         """For each picture: itself, class probabilities [O, K + 1], mask logits [O, h, w], and its frame."""
         classes = self._class_texts(self.model, taxonomy.names)
-        for seen in self._fitted(images):
+        for seen, final in self._decoded(images, task):
             where = torch.arange(len(seen.arrays), device=self.device)
-            final = self.model.ask(seen.pixels, "segmentation", where, self._task(task, len(where))).final
             probs = self.model.similarity(final.semantic, classes).softmax(-1)
             masks = self.model.masks(final, seen.pixels, where)
             own = (m[:, :h, :w] for m, (h, w) in zip(masks, seen.grids, strict=True))
             yield from zip(seen.arrays, probs, own, seen.frames, strict=True)
+
+    def _decoded(self, images: Pictures, task: Task) -> Iterator[tuple[_Fitted, Prediction]]:
+        """Batches of pictures, and what the latents say of them under a task."""
+        if isinstance(images, Seen) and task in images.tasks:
+            answers = (batch[images.tasks.index(task)] for batch in images.decoded)
+            yield from zip(images.fitted, answers, strict=True)
+        else:
+            for batch in self._fitted(images):
+                yield batch, self._decode(batch, (task,))[0]
+
+    @torch.no_grad()
+    def _decode(self, batch: _Fitted, tasks: Sequence[Task]) -> list[Prediction]:
+        """One decoder pass for all pictures of a batch under each of the tasks; a prediction a task."""
+        count = len(batch.arrays)
+        where = torch.arange(count, device=self.device).repeat(len(tasks))
+        sentences = torch.cat([self._task(task, count) for task in tasks])
+        final = self.model.ask(batch.pixels, "segmentation", where, sentences).final
+        parts = zip(*(x.split(count) for x in (final.semantic, final.image, final.mask_embed)), strict=True)
+        return [Prediction(semantic=s, image=i, mask_embed=m, text=None) for s, i, m in parts]
 
     @torch.no_grad()
     def _fitted(self, images: Pictures) -> Iterator[_Fitted]:
