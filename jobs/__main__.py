@@ -84,6 +84,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         texts=tuple(arguments.text),
         classes=arguments.classes,
+        beams=arguments.beams,
     )
     answers = predict(Predictor.load(folder), request)
     paths = write(answers, arguments.out)
@@ -224,6 +225,7 @@ def _add_predict(commands: Commands) -> None:
         "--text", action="append", default=[], help="a phrase, question or text; may be repeated"
     )
     command.add_argument("--classes", default="", help='"red circle, grass"; new ones as "lava:stuff"')
+    command.add_argument("--beams", type=int, default=1, help="captions followed at a time; 1 is greedy")
     command.add_argument("--out", type=Path, default=Path("out"))
     command.add_argument("--model", default="demo")
     command.add_argument("--version", default="champion", help="a number, an alias or 'latest'")

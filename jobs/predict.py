@@ -12,6 +12,7 @@ from PIL import Image
 
 from schemas.tasks import TASKS
 from schemas.taxonomy import Category, Taxonomy
+from xdecoder.inference.generate import Search
 from xdecoder.inference.predictor import Picture, Predictor
 
 KINDS = {"thing": True, "stuff": False}
@@ -19,12 +20,15 @@ KINDS = {"thing": True, "stuff": False}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked. `texts` are phrases, questions or texts to rank by; `classes` names between commas."""
+    """What is asked. `texts` are phrases, questions or texts to rank by; `classes` names between commas;
+    `beams` are those of captioning, 1 is greedy.
+    """
 
     images: tuple[Picture, ...]
     task: str
     texts: tuple[str, ...] = ()
     classes: str = ""
+    beams: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,7 @@ def _segment(method: Callable[..., Sequence[Any]], predictor: Predictor, request
 
 
 def _caption(predictor: Predictor, request: Request) -> list[Answer]:
-    return _each(request, predictor.caption(request.images))
+    return _each(request, predictor.caption(request.images, search=Search(beams=request.beams)))
 
 
 def _refer(predictor: Predictor, request: Request) -> list[Answer]:

@@ -281,6 +281,19 @@ class TrainConfig(Settings):
 # ------------------------------------------------------------------------------------------ evaluation
 
 
+class CaptionConfig(Settings):
+    """How captions are looked for; the defaults are greedy."""
+
+    beams: Positive = Field(default=1, description="captions followed at a time; 5 in the paper's finetuning")
+    length_penalty: float = Field(
+        default=1.0, description="score is log-probability / tokens ** length_penalty; more favours long ones"
+    )
+    min_tokens: NonNegative = Field(default=0, description="no caption ends before it holds so many")
+    no_repeat: NonNegative = Field(
+        default=0, description="no run of so many tokens stands twice; 0 allows it"
+    )
+
+
 class EvaluateConfig(Settings):
     tasks: tuple[Task, ...] = TASKS
     split: Literal["train", "val"] = "val"
@@ -293,6 +306,7 @@ class EvaluateConfig(Settings):
     overlap_threshold: Fraction = Field(default=0.8, description="panoptic: least visible share of a mask")
     instances: Positive = Field(default=100, description="instance: kept per image")
     max_caption_tokens: Positive = 50
+    caption: CaptionConfig = CaptionConfig()
     pictures: NonNegative = Field(default=8, description="overlay pictures logged")
 
 

@@ -2,6 +2,7 @@
 or not.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -31,8 +32,8 @@ class Taxonomy(BaseModel):
 
     @model_validator(mode="after")
     def _unique(self) -> "Taxonomy":
-        names = [c.name for c in self.categories]
-        twice = sorted({n for n in names if names.count(n) > 1})
+        names = Counter(c.name for c in self.categories)
+        twice = sorted(name for name, count in names.items() if count > 1)
         if not names or twice:
             raise ValueError(
                 f"taxonomy {self.name!r}: " + (f"names stand twice: {twice}" if twice else "no classes")

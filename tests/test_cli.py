@@ -189,6 +189,7 @@ def test_pictures_that_cannot_be_read(refusal: Refusal, tmp_path: Path, model: P
         (["--task", "instance", "--classes", "red square"], {"photo-instance.json", "photo-instance.png"}),
         (["--task", "referring", "--text", "the circle"], {"photo-referring.json", "photo-referring.png"}),
         (["--task", "captioning"], {"photo-captioning.json", "photo-captioning.png"}),
+        (["--task", "captioning", "--beams", "2"], {"photo-captioning.json", "photo-captioning.png"}),
         (["--task", "vqa", "--text", "how many?"], {"photo-vqa-1.json", "photo-vqa-1.png"}),
         (["--task", "retrieval", "--text", "grass"], {"retrieval.json"}),
     ],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xdecoder.inference import postprocess
 from xdecoder.inference.postprocess import Frame, instances, panoptic, referring, semantic
@@ -215,3 +216,39 @@ def test_padding_is_cut_away() -> None:
     masks[:, :, 5:] = 8
     frame = Frame(padded=(16, 16), valid=(16, 9), original=(32, 18))
     assert not referring(torch.ones(1, 1), masks, frame).any()
+
+
+@pytest.mark.parametrize("rule", ["semantic", "panoptic", "instances", "referring", "masks"])
+def test_no_tensor_holds_more_than_a_few_full_size_masks(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sixty queries all at once would be 60 masks; three fit a chunk."""
+    frame = Frame(padded=(128, 128), valid=(96, 128), original=(150, 200))
+    size = frame.original[0] * frame.original[1]
+    monkeypatch.setattr(postprocess, "CHUNK_ELEMENTS", 3 * size)
+    generator = torch.Generator().manual_seed(0)
+    class_probs = (3 * torch.randn(60, 4, generator=generator)).softmax(-1)
+    logits = torch.randn(60, 16, 16, generator=generator)
+    run = {
+        "semantic": lambda: semantic(class_probs[:4], logits[:4], frame),
+        "panoptic": lambda: panoptic(
+            class_probs, logits, frame, things=THINGS, object_threshold=0, overlap_threshold=0
+        ),
+        "instances": lambda: instances(class_probs, logits, frame, things=THINGS, top_k=8),
+        "referring": lambda: referring(torch.eye(60)[:, :4], logits, frame),
+        "masks": lambda: postprocess.masks(logits[:5], frame),
+    }[rule]
+    with _Largest() as seen:
+        run()
+    assert size <= seen.elements <= 3 * size
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made

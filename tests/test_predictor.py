@@ -14,9 +14,12 @@ from tiny import COLOURS, MODEL, VOCABULARY, model, samples
 from schemas.masks import Array, decode_rle
 from schemas.records import Rle
 from schemas.taxonomy import Taxonomy
-from xdecoder.inference.predictor import Predictor, read_picture
+from xdecoder.inference.predictor import ClassCache, Predictor, embed_classes, read_picture
 from xdecoder.model.files import ModelCard, save_model
 
+COMMON = [
+    f"{a}{b}" for a in ("b", "c", "d", "f", "g", "h", "l", "m", "n", "p") for b in range(20)
+]  # 200 words
 PHRASES = ("the red square", "blue square", "grass")
 CARD = ModelCard(
     model=MODEL, taxonomy=VOCABULARY.taxonomy, answers=VOCABULARY.answers, image_size=48, image_text_size=32
@@ -217,3 +220,149 @@ def test_a_model_without_answers_asks_for_a_list(pictures: list[Array]) -> None:
 def test_a_taxonomy_decides_what_is_a_thing(predictor: Predictor, pictures: list[Array]) -> None:
     stuff = Taxonomy.model_validate({"name": "s", "categories": [{"name": "zebra", "isthing": False}]})
     assert len(predictor.instance(pictures[:1], stuff)[0].instances.masks) == 0
+
+
+def test_pictures_that_were_seen_pass_the_backbone_once(
+    predictor: Predictor, pictures: list[Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    for part in (predictor.model.backbone, predictor.model.pixel_decoder):
+        forward = part.forward
+        monkeypatch.setattr(part, "forward", lambda *x, forward=forward: (encoded.append(1), forward(*x))[1])
+    seen = predictor.see(pictures[:1])
+    assert not encoded
+    for task in ("panoptic", "semantic", "instance", "refer"):
+        assert ASK[task](predictor, pictures[0]).to_json()
+    alone, _ = len(encoded), encoded.clear()
+    masked = [
+        predictor.panoptic(seen, object_threshold=0)[0],
+        predictor.semantic(seen)[0],
+        predictor.instance(seen, top_k=5)[0],
+        predictor.refer(seen, PHRASES),
+    ]
+    assert (alone, len(encoded)) == (8, 2)
+    spoken = [
+        predictor.caption(seen, max_tokens=4)[0],
+        predictor.answer(seen, ["is it red?", "what is it?"])[1],
+    ]
+    predictor.retrieve(seen, ["grass"])
+    assert len(encoded) == 4  # squeezed to the square of image and text, it is another picture
+    for result, ask in zip((*masked, *spoken), ASK.values(), strict=True):
+        assert result.to_json() == ask(predictor, pictures[0]).to_json()
+
+
+def test_tasks_that_are_named_beforehand_share_one_decoder_pass(
+    predictor: Predictor, pictures: list[Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    ask = predictor.model.ask
+    monkeypatch.setattr(predictor.model, "ask", lambda *x: (rows.append(len(x[2])), ask(*x))[1])
+    several, of_each = predictor.see([*pictures, pictures[0]], ["panoptic", "semantic", "instance"]), {}
+    for name, method in (
+        ("panoptic", lambda images: predictor.panoptic(images, object_threshold=0)),
+        ("semantic", predictor.semantic),
+        ("instance", lambda images: predictor.instance(images, top_k=5)),
+    ):
+        of_each[name] = [result.to_json() for result in method(several)]
+    assert rows == [6, 3], "two pictures a batch, three tasks each, in one pass"
+    for name, results in of_each.items():
+        for result, picture in zip(results, [*pictures, pictures[0]], strict=True):
+            assert result == ASK[name](predictor, picture).to_json()
+
+
+def test_a_question_about_one_picture_refuses_several(predictor: Predictor, pictures: list[Array]) -> None:
+    seen = predictor.see(pictures)
+    for ask in (predictor.refer, predictor.answer, predictor.describe):
+        with pytest.raises(ValueError, match="about one picture, 2 were seen"):
+            ask(seen, ["grass"])
+
+
+def test_a_region_is_described_by_its_phrase_or_its_mask(predictor: Predictor, pictures: list[Array]) -> None:
+    mask = predictor.refer(pictures[0], PHRASES[:1]).masks[0]
+    by_phrase, by_mask, everything = predictor.describe(
+        pictures[0], [PHRASES[0], mask, np.ones_like(mask)], max_tokens=6
+    )
+    assert by_phrase.text == by_mask.text
+    assert everything.text == predictor.caption(pictures[:1], max_tokens=6)[0].text
+    with pytest.raises(ValueError, match="at least one region"):
+        predictor.describe(pictures[0], [])
+    with pytest.raises(ValueError, match=r"a region is bool\[40, 70\], this is bool\[70, 40\]"):
+        predictor.describe(pictures[0], [mask.T])
+
+
+def test_the_words_of_a_region_depend_on_it(predictor: Predictor, pictures: list[Array]) -> None:
+    left = np.zeros(pictures[0].shape[:2], dtype=bool)
+    left[:, :10] = True
+    seen = predictor.see(pictures[:1])
+    looked: list[torch.Tensor] = []
+    listen = predictor.model.decoder.listen
+    predictor.model.decoder.listen = lambda *x: (looked.append(x[-1]), listen(*x))[1]  # type: ignore[assignment, func-returns-value, misc]
+    try:
+        predictor.describe(seen, [left, ~left], max_tokens=2)
+    finally:
+        del predictor.model.decoder.listen
+    (region,) = looked
+    assert region.shape == (2, 32, 32)
+    assert region[0].all(0).tolist() == [column * 70 < 10 * 32 for column in range(32)]
+
+
+def test_regions_of_many_pictures_are_ranked_by_a_text(predictor: Predictor, pictures: list[Array]) -> None:
+    found = predictor.find(pictures, "the red square")
+    assert sorted(found.ranking.tolist()) == [0, 1] and found.scores[0] >= found.scores[1]
+    for place, picture in enumerate(found.ranking):
+        region = predictor.refer(pictures[picture], ["the red square"])
+        np.testing.assert_array_equal(found.masks[place], region.masks[0])
+        whole = predictor.retrieve([pictures[picture]], ["the red square"]).scores[0, 0]
+        assert found.scores[place] == pytest.approx((region.scores[0] + whole) / 2, abs=1e-5)
+    assert isinstance(found.draw(), Image.Image)
+    assert json.loads(json.dumps(found.to_json()))["regions"][0]["image"] == found.ranking[0]
+
+
+def test_rankings_draw_themselves(predictor: Predictor, pictures: list[Array]) -> None:
+    drawn = predictor.retrieve(pictures, ["a red square", "grass"]).draw()
+    assert isinstance(drawn, Image.Image) and drawn.width >= 360
+
+
+def test_synonyms_stand_between_commas(predictor: Predictor, pictures: list[Array]) -> None:
+    result = predictor.semantic(pictures[:1], ["zebra, striped horse", "grass"])[0]
+    assert result.names == ("zebra, striped horse", "grass")
+    embedded = embed_classes(predictor.model, result.names)
+    alone = torch.nn.functional.normalize(
+        predictor.model.encode_texts(["zebra", "striped horse"]).sentence, dim=-1
+    )
+    torch.testing.assert_close(embedded[0], torch.nn.functional.normalize(alone.mean(0), dim=0))
+
+
+def test_class_lists_are_embedded_once_as_long_as_the_weights_stay() -> None:
+    of, cache = model().requires_grad_(False), ClassCache(most_names=5)
+    passed: list[int] = []
+    hook = of.text.register_forward_pre_hook(lambda _, ids: passed.append(len(ids[0])))
+    three, four = ("a", "b", "c"), ("d", "e", "f", "g")
+    first = cache(of, three)
+    assert torch.equal(cache(of, three), first) and len(passed) == 1
+    torch.testing.assert_close(first, embed_classes(of, three))
+    passed.clear()
+    cache(of, four)
+    cache(of, three)
+    assert len(passed) == 2, "seven names are more than are kept"
+    of.text.project.weight.neg_()
+    assert not torch.allclose(cache(of, three), first)
+    of.load_state_dict(model(1).state_dict())
+    torch.testing.assert_close(cache(of, three), embed_classes(of, three))
+    hook.remove()
+
+
+@pytest.mark.parametrize("count", [847, 20_000])
+def test_long_class_lists_pass_in_chunks(count: int, pictures: list[Array]) -> None:
+    predictor = Predictor(model().requires_grad_(False), CARD)
+    names = tuple(f"{'very ' * (i % 5)}{COMMON[i % 100]} {COMMON[i // 100]}" for i in range(count))
+    rows: list[int] = []
+    hook = predictor.model.text.blocks[0].register_forward_pre_hook(lambda _, x: rows.append(len(x[0])))
+    result = predictor.panoptic(pictures[:1], names, object_threshold=0)[0]
+    assert result.names == names and sum(rows) == count + 1 and max(rows) <= 1024
+    rows.clear()
+    embedded = predictor._class_texts(predictor.model, names)
+    assert not rows and embedded.shape == (count + 1, MODEL.width)
+    hook.remove()
+    for i in (0, count // 2, count - 1):
+        torch.testing.assert_close(embedded[i], embed_classes(predictor.model, names[i : i + 1])[0])

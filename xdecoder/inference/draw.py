@@ -78,6 +78,16 @@ def beside(left: Image.Image, right: Image.Image, titles: tuple[str, str]) -> Im
     return sheet
 
 
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one below the other."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), WHITE)
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    return sheet
+
+
 def _overlay(image: Array, masks: Sequence[Array], names: Sequence[str], texts: Sequence[str]) -> Image.Image:
     """Masks in the colour of their names, later ones on top, with their texts where there is room."""
     picture = _enlarged(image)

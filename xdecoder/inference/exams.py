@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from schemas.jobs import EvaluateConfig
-from schemas.masks import decode_rle
+from schemas.masks import Array, decode_rle
 from schemas.records import Sample
 from schemas.tasks import Task
 from schemas.taxonomy import Taxonomy
 from xdecoder.inference import chance
+from xdecoder.inference.generate import Search
 from xdecoder.inference.metrics import (
     MaskAP,
     MeanIoU,
@@ -25,7 +26,7 @@ from xdecoder.inference.metrics import (
     Scores,
     truth_of,
 )
-from xdecoder.inference.predictor import Predictor
+from xdecoder.inference.predictor import Predictor, TextResult
 from xdecoder.inference.text_metrics import CaptionScores, RetrievalRecall, VqaAccuracy
 
 
@@ -65,6 +66,10 @@ class Sitting:
     @property
     def taxonomy(self) -> Taxonomy:
         return self.subject.taxonomy
+
+    def caption(self, images: Sequence[Array]) -> list[TextResult]:
+        search = Search(**self.config.caption.model_dump())
+        return self.predictor.caption(images, max_tokens=self.config.max_caption_tokens, search=search)
 
     def batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
         step = self.config.batch
@@ -199,7 +204,7 @@ def captioning(sitting: Sitting, samples: Sequence[Sample]) -> Exam:
     metric = CaptionScores(names)
     for batch in sitting.batches(samples):
         images = [sample.image for sample in batch]
-        results = sitting.predictor.caption(images, max_tokens=sitting.config.max_caption_tokens)
+        results = sitting.caption(images)
         for result, sample in zip(results, batch, strict=True):
             metric.update(result.text, sample.meta.captions)
         sitting.progress(metric.examples, len(samples))

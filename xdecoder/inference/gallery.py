@@ -40,7 +40,7 @@ def referring(sitting: Sitting, sample: Sample) -> Image.Image:
 
 
 def captioning(sitting: Sitting, sample: Sample) -> Image.Image:
-    said = sitting.predictor.caption([sample.image], max_tokens=sitting.config.max_caption_tokens)[0].text
+    said = sitting.caption([sample.image])[0].text
     return draw.draw_text(sample.image, [f"says: {said}", f"true: {sample.meta.captions[0]}"])
 
 

@@ -159,11 +159,16 @@ def referring(similarity: Tensor, mask_logits: Tensor, frame: Frame) -> Array:
 
     similarity float32[Q, P], mask_logits float32[Q, h, w] -> bool[P, H, W].
     """
-    chosen = mask_logits[similarity.argmax(0)]
-    masks = np.zeros((len(chosen), *frame.original), dtype=bool)
-    for rows, probs in _full_size_probs(chosen, frame):
-        masks[rows] = (probs > 0.5).cpu().numpy()
-    return masks
+    return masks(mask_logits[similarity.argmax(0)], frame)
+
+
+@torch.no_grad()
+def masks(mask_logits: Tensor, frame: Frame) -> Array:
+    """Each mask on its own, sigmoid > 0.5: float32[P, h, w] -> bool[P, H, W]."""
+    inside = np.zeros((len(mask_logits), *frame.original), dtype=bool)
+    for rows, probs in _full_size_probs(mask_logits, frame):
+        inside[rows] = (probs > 0.5).cpu().numpy()
+    return inside
 
 
 def _chunk(frame: Frame) -> int:
@@ -179,8 +184,9 @@ def _full_size_probs(mask_logits: Tensor, frame: Frame) -> Iterator[tuple[slice,
     resize = partial(F.interpolate, mode=mode, antialias=frame.bicubic, align_corners=False)
     for first in range(0, len(mask_logits), step):
         part = mask_logits[None, first : first + step].float()
-        part = resize(part, size=frame.padded)
-        part = resize(part[..., : frame.valid[0], : frame.valid[1]], size=frame.original)
+        part = resize(part, size=frame.padded)[..., : frame.valid[0], : frame.valid[1]]
+        if frame.valid != frame.original:
+            part = resize(part, size=frame.original)
         yield slice(first, first + step), part[0].sigmoid()
 
 

@@ -8,8 +8,10 @@ Pictures may be paths, PIL images or arrays uint8[H, W, 3]; answers have the pic
 are open: without one, the classes of the training are used.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from schemas.masks import Array, area_and_bbox, encode_rle
 from schemas.tasks import TASKS, Task
 from schemas.taxonomy import Category, Taxonomy
 from xdecoder.inference import draw, generate, postprocess
+from xdecoder.inference.generate import GREEDY, Search
 from xdecoder.inference.postprocess import Frame, Instances, PanopticMap
-from xdecoder.model.decoder import Pixels
+from xdecoder.model.decoder import Pixels, Prediction
 from xdecoder.model.files import ModelCard, load_model
 from xdecoder.model.xdecoder import ClassTexts, XDecoder
+from xdecoder.prompts import END
 from xdecoder.training.augment import PAD_VALUE
 from xdecoder.training.losses import answer_logits, pack
 
@@ -98,18 +102,19 @@ class InstanceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferringResult:
-    """masks bool[P, H, W], one for each phrase."""
+    """masks bool[P, H, W], one for each phrase; scores float32[P], how well each fits, -1 to 1."""
 
     image: Array
     phrases: tuple[str, ...]
     masks: Array
+    scores: Array
 
     def draw(self) -> Image.Image:
         return draw.draw_masks(self.image, self.masks, self.phrases)
 
     def to_json(self) -> dict[str, Any]:
-        rows = zip(self.phrases, self.masks, strict=True)
-        return {"phrases": [{"phrase": phrase, **_mask_json(mask)} for phrase, mask in rows]}
+        rows = zip(self.phrases, self.scores, self.masks, strict=True)
+        return {"phrases": [{"phrase": p, "score": round(float(s), 4), **_mask_json(m)} for p, s, m in rows]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +137,16 @@ class TextResult:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalResult:
-    """scores float32[I, N]: how well each picture fits each text, -1 to 1."""
+    """scores float32[I, N]: how well each of I pictures fits each of N texts, -1 to 1."""
 
+    images: tuple[Array, ...]
     texts: tuple[str, ...]
     scores: Array
+
+    def draw(self) -> Image.Image:
+        """The best picture for each text, one below the other."""
+        best = zip(self.texts, self.scores.argmax(0), self.scores.max(0), strict=True)
+        return draw.stacked([draw.draw_text(self.images[i], [f"{s:.2f} {t}"]) for t, i, s in best])
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -150,12 +161,87 @@ class RetrievalResult:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class RegionResult:
+    """Where in which picture a text is: one region a picture, best first.
+
+    ranking    int64[I], indices of the pictures
+    scores     float32[I] in that order, -1 to 1;  masks  one bool[H, W] each in that order
+    """
+
+    text: str
+    images: tuple[Array, ...]
+    ranking: Array
+    scores: Array
+    masks: tuple[Array, ...]
+
+    def draw(self) -> Image.Image:
+        """The region in the best picture."""
+        return draw.draw_masks(self.images[self.ranking[0]], self.masks[0][None], [self.text])
+
+    def to_json(self) -> dict[str, Any]:
+        rows = zip(self.ranking.tolist(), self.scores, self.masks, strict=True)
+        return {
+            "text": self.text,
+            "regions": [{"image": i, "score": round(float(s), 4), **_mask_json(m)} for i, s, m in rows],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fitted:
+    """A batch of pictures with their long side at the training's size, and where each lies in it.
+
+    grids    h and w of the mask grid that is each picture's own
+    """
+
+    pixels: Pixels
+    arrays: tuple[Array, ...]
+    frames: tuple[Frame, ...]
+    grids: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Squared:
+    """A batch of pictures squeezed to the square that image-text training uses."""
+
+    pixels: Pixels
+    arrays: tuple[Array, ...]
+
+
+class Seen:
+    """Pictures that are encoded once, however many tasks ask about them; made by `Predictor.see`.
+
+    What is known of all of them stays in memory as long as this does.
+    """
+
+    def __init__(self, arrays: tuple[Array, ...], tasks: tuple[Task, ...], predictor: "Predictor") -> None:
+        self.arrays, self.tasks = arrays, tasks
+        self._predictor = predictor
+
+    @cached_property
+    def fitted(self) -> list[_Fitted]:
+        return list(self._predictor._fitted(self.arrays))
+
+    @cached_property
+    def squared(self) -> list[_Squared]:
+        return list(self._predictor._squared(self.arrays))
+
+    @cached_property
+    def decoded(self) -> list[list[Prediction]]:
+        """For each batch of `fitted`, what the latents say under each of `tasks`, from one decoder pass."""
+        return [self._predictor._decode(batch, self.tasks) for batch in self.fitted]
+
+
+Pictures = Sequence[Picture] | Seen
+
+
 class Predictor:
     """Answers the seven tasks with one model. Methods take any number of pictures and work in batches."""
 
     def __init__(self, model: XDecoder, card: ModelCard, *, device: str = "cpu", batch: int = 16) -> None:
         self.model, self.card, self.device, self.batch = model.eval(), card, device, batch
         self.vocabulary = card.vocabulary
+        self._class_texts = ClassCache()
         with torch.no_grad():
             self._tasks = model.text(model.task_ids).sentence
 
@@ -167,12 +253,22 @@ class Predictor:
         model, card = load_model(Path(folder), device)
         return cls(model, card, device=device)
 
+    def see(self, images: Sequence[Picture], tasks: Sequence[Task] = ()) -> Seen:
+        """Encode pictures once for several questions: what it returns may stand for the pictures everywhere.
+
+        tasks    those of semantic, instance and panoptic that will be asked: they are decoded together
+
+        seen = predictor.see(["street.jpg"], ["panoptic", "semantic"])
+        predictor.panoptic(seen); predictor.semantic(seen); predictor.refer(seen, ["the bus"])
+        """
+        return Seen(tuple(read_picture(image) for image in _some(images)), tuple(tasks), self)
+
     # --------------------------------------------------------------------------------------------
     # segmentation
 
     def panoptic(
         self,
-        images: Sequence[Picture],
+        images: Pictures,
         classes: Sequence[str] | Taxonomy | None = None,
         *,
         object_threshold: float = 0.8,
@@ -201,7 +297,7 @@ class Predictor:
         ]
 
     def semantic(
-        self, images: Sequence[Picture], classes: Sequence[str] | Taxonomy | None = None
+        self, images: Pictures, classes: Sequence[str] | Taxonomy | None = None
     ) -> list[SemanticResult]:
         """Every pixel to one class."""
         taxonomy = self._taxonomy(classes)
@@ -213,7 +309,7 @@ class Predictor:
         ]
 
     def instance(
-        self, images: Sequence[Picture], classes: Sequence[str] | Taxonomy | None = None, *, top_k: int = 100
+        self, images: Pictures, classes: Sequence[str] | Taxonomy | None = None, *, top_k: int = 100
     ) -> list[InstanceResult]:
         """Things, each with a mask and a score, best first."""
         taxonomy = self._taxonomy(classes)
@@ -227,17 +323,17 @@ class Predictor:
             for image, probs, masks, frame in self._segments(images, taxonomy, "instance")
         ]
 
-    def refer(self, image: Picture, phrases: Sequence[str]) -> ReferringResult:
+    def refer(self, image: Picture | Seen, phrases: Sequence[str]) -> ReferringResult:
         """The region that each phrase means; no phrase changes what another one finds.
 
         Raises `ValueError` without a phrase.
         """
         if not phrases:
             raise ValueError("referring needs at least one phrase")
-        pixels, arrays, frames = next(self._fitted([image]))
+        (seen,) = self._fitted(self._one(image))
         together = self.model.config.quirks.phrases_together
         step = len(phrases) if together else self.batch
-        masks = []
+        masks, scores = [], []
         with torch.no_grad():
             for start in range(0, len(phrases), step):
                 some = phrases[start : start + step]
@@ -245,51 +341,104 @@ class Predictor:
                 text, sentences = pack(self.model.encode_texts(some), counts)
                 where = torch.zeros(len(counts), dtype=torch.int64, device=self.device)
                 final = self.model.ask(
-                    pixels, "referring", where, self._task("referring", len(counts)), text
+                    seen.pixels, "referring", where, self._task("referring", len(counts)), text
                 ).final
-                nearest = self.model.similarity(
-                    final.semantic, sentences
-                )  # float[requests, O, phrases of each]
-                logits = self.model.masks(final, pixels, where)
-                masks += [
-                    postprocess.referring(n, m, frames[0]) for n, m in zip(nearest, logits, strict=True)
-                ]
-        return ReferringResult(image=arrays[0], phrases=tuple(phrases), masks=np.concatenate(masks))
+                nearest = self.model.similarity(final.semantic, sentences)  # float[R, O, phrases of each]
+                chosen = replace(final, mask_embed=_rows(final.mask_embed, nearest.argmax(1)))
+                logits = self.model.masks(chosen, seen.pixels, where)  # of the chosen latents alone
+                masks.append(postprocess.masks(logits.flatten(0, 1), seen.frames[0]))
+                scores.append((nearest.amax(1).flatten() / self.model.scale()).cpu().numpy())
+        return ReferringResult(
+            image=seen.arrays[0],
+            phrases=tuple(phrases),
+            masks=np.concatenate(masks),
+            scores=np.concatenate(scores),
+        )
+
+    def find(self, images: Pictures, text: str) -> RegionResult:
+        """Which region of which picture a text means: the regions that `refer` finds, ranked by the mean of
+        how well region and picture fit the text.
+        """
+        seen = images if isinstance(images, Seen) else self.see(images)
+        regions = [self.refer(array, [text]) for array in seen.arrays]
+        pictures = self.retrieve(seen, [text]).scores[:, 0]
+        scores = (np.array([region.scores[0] for region in regions], dtype=np.float32) + pictures) / 2
+        ranking = np.argsort(-scores, kind="stable")
+        return RegionResult(
+            text=text,
+            images=seen.arrays,
+            ranking=ranking,
+            scores=scores[ranking],
+            masks=tuple(regions[i].masks[0] for i in ranking),
+        )
 
     # -------------------------------------------------------------------------------------------- image and
     # text
 
-    def retrieve(self, images: Sequence[Picture], texts: Sequence[str]) -> RetrievalResult:
+    def retrieve(self, images: Pictures, texts: Sequence[str]) -> RetrievalResult:
         """How well pictures fit texts: the mean of the decoder's and the backbone's cosine (X-Decoder, 2.4).
 
         Raises `ValueError` without a text.
         """
         if not texts:
             raise ValueError("retrieval needs at least one text")
-        rows = []
+        rows: list[Tensor] = []
+        pictures: list[Array] = []
         with torch.no_grad():
             sentences = F.normalize(self.model.encode_texts(texts).sentence, dim=-1)
-            for pixels, arrays in self._squared(images):
-                where = torch.arange(len(arrays), device=self.device)
-                final = self.model.ask(
-                    pixels, "segmentation", where, self._task("retrieval", len(arrays))
-                ).final
-                both = (final.image, self.model.embed_pooled(pixels))
+            for seen in self._squared(images):
+                count = len(seen.arrays)
+                where = torch.arange(count, device=self.device)
+                task = self._task("retrieval", count)
+                final = self.model.ask(seen.pixels, "segmentation", where, task).final
+                both = (final.image, self.model.embed_pooled(seen.pixels))
                 rows.append(torch.stack([F.normalize(x, dim=-1) @ sentences.T for x in both]).mean(0).cpu())
-        return RetrievalResult(texts=tuple(texts), scores=torch.cat(rows).numpy())
+                pictures += seen.arrays
+        return RetrievalResult(images=tuple(pictures), texts=tuple(texts), scores=torch.cat(rows).numpy())
 
-    def caption(self, images: Sequence[Picture], *, max_tokens: int = 50) -> list[TextResult]:
+    def caption(self, images: Pictures, *, max_tokens: int = 50, search: Search = GREEDY) -> list[TextResult]:
         """A sentence about each picture."""
         results = []
-        for pixels, arrays in self._squared(images):
-            where = torch.arange(len(arrays), device=self.device)
-            task = self._task("captioning", len(arrays))
-            texts = generate.greedy(self.model, pixels, where, task, max_tokens)
-            results += [TextResult(image=a, text=t) for a, t in zip(arrays, texts, strict=True)]
+        for seen in self._squared(images):
+            where = torch.arange(len(seen.arrays), device=self.device)
+            task = self._task("captioning", len(where))
+            texts = generate.captions(self.model, seen.pixels, where, task, max_tokens, search)
+            results += [TextResult(image=a, text=t) for a, t in zip(seen.arrays, texts, strict=True)]
         return results
 
+    def describe(
+        self,
+        image: Picture | Seen,
+        regions: Sequence[str | Array],
+        *,
+        max_tokens: int = 50,
+        search: Search = GREEDY,
+    ) -> list[TextResult]:
+        """A sentence about each region of a picture, which a phrase or a mask bool[H, W] gives.
+
+        The words look at the region alone (X-Decoder, 2.5). Raises `ValueError` without a region, or where a
+        mask is not of the picture's size.
+        """
+        if not len(regions):
+            raise ValueError("describing needs at least one region: a phrase or a mask")
+        seen = self._one(image)
+        phrases = [region for region in regions if isinstance(region, str)]
+        meant = iter(self.refer(seen, phrases).masks if phrases else ())
+        masks = [next(meant) if isinstance(region, str) else region for region in regions]
+        (squared,) = self._squared(seen)
+        size = squared.arrays[0].shape[:2]
+        for mask in masks:
+            if mask.dtype != bool or mask.shape != size:
+                raise ValueError(f"a region is bool{list(size)}, this is {mask.dtype}{list(mask.shape)}")
+        side = self.card.image_text_size
+        region = torch.stack([_squeezed(mask, side) for mask in masks]).to(self.device)
+        where = torch.zeros(len(masks), dtype=torch.int64, device=self.device)
+        task = self._task("captioning", len(masks))
+        texts = generate.captions(self.model, squared.pixels, where, task, max_tokens, search, region)
+        return [TextResult(image=squared.arrays[0], text=text) for text in texts]
+
     def answer(
-        self, image: Picture, questions: Sequence[str], answers: Sequence[str] | None = None
+        self, image: Picture | Seen, questions: Sequence[str], answers: Sequence[str] | None = None
     ) -> list[TextResult]:
         """The answer to each question, chosen from a list (by default that of the training).
 
@@ -303,16 +452,16 @@ class Predictor:
                 "no answers to choose from: the model was trained without questions; give a list"
             )
         with torch.no_grad():
-            pixels, arrays = next(self._squared([image]))
+            (seen,) = self._squared(self._one(image))
             text = self.model.encode_texts(questions)
             where = torch.zeros(len(questions), dtype=torch.int64, device=self.device)
-            final = self.model.ask(pixels, "vqa", where, self._task("vqa", len(questions)), text).final
+            final = self.model.ask(seen.pixels, "vqa", where, self._task("vqa", len(questions)), text).final
             probs = answer_logits(self.model, final, text, self.model.encode_texts(listed).sentence).softmax(
                 -1
             )
         best = [(int(p.argmax()), float(p.max())) for p in probs]
         return [
-            TextResult(image=arrays[0], text=listed[i], question=q, score=s)
+            TextResult(image=seen.arrays[0], text=listed[i], question=q, score=s)
             for q, (i, s) in zip(questions, best, strict=True)
         ]
 
@@ -328,62 +477,145 @@ class Predictor:
         categories = tuple(known.get(name, Category(name=name, isthing=True)) for name in classes)
         return Taxonomy(name="prediction", categories=categories)
 
+    def _one(self, image: Picture | Seen) -> Seen:
+        """A single picture. Raises `ValueError` where several were seen."""
+        seen = image if isinstance(image, Seen) else self.see([image])
+        if len(seen.arrays) != 1:
+            raise ValueError(f"this asks about one picture, {len(seen.arrays)} were seen: see each alone")
+        return seen
+
     def _task(self, task: Task, rows: int) -> Tensor:
         return self._tasks[TASKS.index(task)].expand(rows, -1)
 
     @torch.no_grad()
     def _segments(
-        self, images: Sequence[Picture], taxonomy: Taxonomy, task: Task
+        self, images: Pictures, taxonomy: Taxonomy, task: Task
     ) -> Iterator[tuple[Array, Tensor, Tensor, Frame]]:
         """For each picture: itself, class probabilities [O, K + 1], mask logits [O, h, w], and its frame."""
-        texts = ClassTexts.of(taxonomy.names, self.model.text.context)
-        classes = texts.embed(self.model.text(texts.ids.to(self.device)).sentence)
-        for pixels, arrays, frames in self._fitted(images):
-            where = torch.arange(len(arrays), device=self.device)
-            final = self.model.ask(pixels, "segmentation", where, self._task(task, len(arrays))).final
-            if self.model.config.quirks.image_query_segments:
-                final = final.with_image()
+        classes = self._class_texts(self.model, taxonomy.names)
+        for seen, final in self._decoded(images, task):
+            where = torch.arange(len(seen.arrays), device=self.device)
             probs = self.model.similarity(final.semantic, classes).softmax(-1)
-            masks = self.model.masks(final, pixels, where)
-            yield from zip(arrays, probs, masks, frames, strict=True)
+            masks = self.model.masks(final, seen.pixels, where)
+            own = (m[:, :h, :w] for m, (h, w) in zip(masks, seen.grids, strict=True))
+            yield from zip(seen.arrays, probs, own, seen.frames, strict=True)
+
+    def _decoded(self, images: Pictures, task: Task) -> Iterator[tuple[_Fitted, Prediction]]:
+        """Batches of pictures, and what the latents say of them under a task."""
+        if isinstance(images, Seen) and task in images.tasks:
+            answers = (batch[images.tasks.index(task)] for batch in images.decoded)
+            yield from zip(images.fitted, answers, strict=True)
+        else:
+            for batch in self._fitted(images):
+                yield batch, self._decode(batch, (task,))[0]
 
     @torch.no_grad()
-    def _fitted(self, images: Sequence[Picture]) -> Iterator[tuple[Pixels, list[Array], list[Frame]]]:
-        """Pictures with their long side at the training's size, padded to a common multiple of the stride."""
+    def _decode(self, batch: _Fitted, tasks: Sequence[Task]) -> list[Prediction]:
+        """One decoder pass for all pictures of a batch under each of the tasks; a prediction a task."""
+        count = len(batch.arrays)
+        where = torch.arange(count, device=self.device).repeat(len(tasks))
+        sentences = torch.cat([self._task(task, count) for task in tasks])
+        final = self.model.ask(batch.pixels, "segmentation", where, sentences).final
+        if self.model.config.quirks.image_query_segments:
+            final = final.with_image()
+        parts = zip(*(x.split(count) for x in (final.semantic, final.image, final.mask_embed)), strict=True)
+        return [Prediction(semantic=s, image=i, mask_embed=m, text=None) for s, i, m in parts]
+
+    @torch.no_grad()
+    def _fitted(self, images: Pictures) -> Iterator[_Fitted]:
+        """Pictures with their long side at the training's size, each padded to a multiple of the stride."""
+        if isinstance(images, Seen):
+            yield from images.fitted
+            return
         for arrays in self._batches(images):
-            side, stride = self.card.image_size, self.model.stride
-            sizes = [_fit(a.shape[:2], side) for a in arrays]
-            padded = tuple(-(-max(s[i] for s in sizes) // stride) * stride for i in (0, 1))
-            canvas = torch.full((len(arrays), 3, *padded), PAD_VALUE / 255)
-            padding = torch.ones(len(arrays), *padded, dtype=torch.bool)
-            for i, (array, (height, width)) in enumerate(zip(arrays, sizes, strict=True)):
-                canvas[i, :, :height, :width] = _tensor(array, (height, width))
-                padding[i, :height, :width] = False
-            frames = [
+            sizes = [_fit(array.shape[:2], self.card.image_size) for array in arrays]
+            canvases = [_canvas(a, s, self.model.stride) for a, s in zip(arrays, sizes, strict=True)]
+            frames = tuple(
                 Frame(
-                    padded=(padded[0], padded[1]),
+                    padded=(p.shape[0], p.shape[1]),
                     valid=s,
                     original=(a.shape[0], a.shape[1]),
                     bicubic=self.model.config.quirks.bicubic_masks,
                 )
-                for a, s in zip(arrays, sizes, strict=True)
-            ]
-            yield self.model.encode(canvas.to(self.device), padding.to(self.device)), arrays, frames
+                for (_, p), s, a in zip(canvases, sizes, arrays, strict=True)
+            )
+            stride = self.model.backbone.strides[0]
+            yield _Fitted(
+                pixels=self.model.encode_each(
+                    [canvas.to(self.device) for canvas, _ in canvases],
+                    [padding.to(self.device) for _, padding in canvases],
+                ),
+                arrays=tuple(arrays),
+                frames=frames,
+                grids=tuple((f.padded[0] // stride, f.padded[1] // stride) for f in frames),
+            )
 
     @torch.no_grad()
-    def _squared(self, images: Sequence[Picture]) -> Iterator[tuple[Pixels, list[Array]]]:
+    def _squared(self, images: Pictures) -> Iterator[_Squared]:
         """Pictures squeezed to the square that image-text training uses."""
+        if isinstance(images, Seen):
+            yield from images.squared
+            return
         side = self.card.image_text_size
         for arrays in self._batches(images):
             canvas = torch.stack([_tensor(a, (side, side)) for a in arrays]).to(self.device)
             padding = torch.zeros(len(arrays), side, side, dtype=torch.bool, device=self.device)
-            yield self.model.encode(canvas, padding), arrays
+            yield _Squared(pixels=self.model.encode(canvas, padding), arrays=tuple(arrays))
 
     def _batches(self, images: Sequence[Picture]) -> Iterator[list[Array]]:
-        if not len(images):
-            raise ValueError("no pictures given")
-        for start in range(0, len(images), self.batch):
+        for start in range(0, len(_some(images)), self.batch):
             yield [read_picture(image) for image in images[start : start + self.batch]]
+
+
+class ClassCache:
+    """Class lists as embeddings: those used last are kept, as long as the weights stay what they are.
+
+    Lists of tens of thousands of names pass the text encoder in chunks. An optimiser's step or another
+    checkpoint makes new embeddings; writing to a parameter's `.data` goes unnoticed.
+    """
+
+    def __init__(self, most_names: int = 1 << 16) -> None:
+        self.most_names = most_names  # over all lists; chosen by us: 128 MiB at a width of 512
+        self._kept: OrderedDict[tuple[str, ...], tuple[object, Tensor]] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, model: XDecoder, names: tuple[str, ...]) -> Tensor:
+        """Unit float[K + 1, D] of K names and the background."""
+        weights = [(p.data_ptr(), p._version) for p in model.text.parameters()]
+        known = self._kept.pop(names, None)
+        if known is None or known[0] != weights:
+            known = (weights, embed_classes(model, names))
+        self._kept[names] = known
+        while len(self._kept) > 1 and sum(map(len, self._kept)) > self.most_names:
+            self._kept.popitem(last=False)
+        return known[1]
+
+
+@torch.no_grad()
+def embed_classes(model: XDecoder, names: Sequence[str], chunk: int = 1024) -> Tensor:
+    """Class names (synonyms between commas) and the background -> unit float[K + 1, D].
+
+    Texts pass the encoder `chunk` at a time, the short ones first, so that a long one lengthens few others.
+    """
+    texts = ClassTexts.of(names, model.text.context)
+    order = (texts.ids == END).int().argmax(1).argsort(stable=True)
+    sentences = torch.empty(len(order), model.config.width, device=model.log_scale.device)
+    for rows in order.split(chunk):
+        longest = int((texts.ids[rows] == END).int().argmax(1).max()) + 1
+        ids = texts.ids[rows, :longest].to(sentences.device)
+        sentences[rows.to(sentences.device)] = model.text(ids).sentence.to(sentences.dtype)
+    return texts.embed(sentences)
+
+
+def _some(images: Sequence[Picture]) -> Sequence[Picture]:
+    if not len(images):
+        raise ValueError("no pictures given")
+    return images
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """float[R, O, D] at int64[R, n] -> float[R, n, D]."""
+    return table.gather(1, index[..., None].expand(-1, -1, table.shape[-1]))
 
 
 def read_picture(picture: Picture) -> Array:
@@ -409,6 +641,23 @@ def read_picture(picture: Picture) -> Array:
 def _fit(size: tuple[int, ...], side: int) -> tuple[int, int]:
     fit = side / max(size)
     return max(1, round(size[0] * fit)), max(1, round(size[1] * fit))
+
+
+def _canvas(array: Array, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
+    """A picture at this size on a grey canvas whose sides are the next multiples of the stride: float32[3, H,
+    W], and where it is padding, bool[H, W].
+    """
+    padded = [-(-side // stride) * stride for side in size]
+    canvas = torch.full((3, *padded), PAD_VALUE / 255)
+    padding = torch.ones(*padded, dtype=torch.bool)
+    canvas[:, : size[0], : size[1]] = _tensor(array, size)
+    padding[: size[0], : size[1]] = False
+    return canvas, padding
+
+
+def _squeezed(mask: Array, side: int) -> Tensor:
+    """bool[H, W] -> bool[side, side], where any pixel of the cell is inside."""
+    return F.adaptive_max_pool2d(torch.from_numpy(mask)[None].float(), side)[0] > 0
 
 
 def _tensor(array: Array, size: tuple[int, int]) -> Tensor:

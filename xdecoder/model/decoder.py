@@ -9,7 +9,7 @@ Letters: `B` images, `R` requests, `O` latents, `T` text tokens, `S` all queries
 `h w` a level's grid, `L` decoder layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.jobs import ModelConfig
-from xdecoder.model.layers import Attention, FeedForward, Mlp, matrix, sine_positions
+from xdecoder.model.layers import Attention, FeedForward, Kept, Mlp, matrix, sine_positions
 from xdecoder.model.text import TextFeatures
 
 Kind = Literal["latent", "image", "task", "text"]
@@ -114,6 +114,59 @@ class Pixels:
     levels: tuple[Level, ...]
     pooled: Tensor
 
+    def select(self, images: Tensor) -> "Pixels":
+        """The pictures int64[n] of the batch, in this order."""
+        rows = images.to(self.pooled.device)
+        return Pixels(
+            mask_features=self.mask_features[rows],
+            levels=tuple(
+                Level(
+                    grid=level.grid,
+                    memory=level.memory[rows],
+                    positions=level.positions[rows],
+                    padding=level.padding[rows],
+                    mask_features=level.mask_features[rows],
+                )
+                for level in self.levels
+            ),
+            pooled=self.pooled[rows],
+        )
+
+
+def join(parts: Sequence[Pixels]) -> Pixels:
+    """Pictures that were encoded apart -> one batch: maps grow to the largest grid, what is added is
+    padding.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return Pixels(
+        mask_features=_cat([part.mask_features for part in parts]),
+        levels=tuple(_join_levels(levels) for levels in zip(*(part.levels for part in parts), strict=True)),
+        pooled=torch.cat([part.pooled for part in parts]),
+    )
+
+
+def _join_levels(levels: Sequence[Level]) -> Level:
+    def joined(flat: list[Tensor]) -> Tensor:
+        """float[B, hw, D] of every level, grown as maps and flattened again."""
+        maps = [x.mT.unflatten(2, level.grid) for x, level in zip(flat, levels, strict=True)]
+        return _cat(maps).flatten(2).mT
+
+    small = _cat([level.mask_features.unflatten(2, level.grid) for level in levels])
+    return Level(
+        grid=(small.shape[2], small.shape[3]),
+        memory=joined([level.memory for level in levels]),
+        positions=joined([level.positions for level in levels]),
+        padding=_cat([level.padding.unflatten(1, level.grid) for level in levels], fill=1).flatten(1),
+        mask_features=small.flatten(2),
+    )
+
+
+def _cat(maps: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """Maps [B_i, ..., h_i, w_i] of different sizes -> [sum of B_i, ..., h, w], filled below and right."""
+    height, width = (max(x.shape[axis] for x in maps) for axis in (-2, -1))
+    return torch.cat([F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=fill) for x in maps])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -171,6 +224,20 @@ class Outputs:
         return self.predictions[-1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hearing:
+    """What the words of R growing captions attend to in one layer.
+
+    picture    keys and values float[R, hw, D], projected once; outside bool[R, 1, 1, hw]
+    queries    the other queries, `others` of them, then the words so far
+    """
+
+    picture: tuple[Tensor, Tensor]
+    outside: Tensor
+    queries: Kept
+    others: int
+
+
 class _Layer(nn.Module):
     """Cross-attention, self-attention, feed-forward; each residual and normalised after."""
 
@@ -188,24 +255,38 @@ class _Layer(nn.Module):
         images: Tensor,
         outside: Tensor,
         deaf: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x, position float[R, S, D]; the first n queries look, n being the rows of `outside`.
 
-        outside bool[R, 1, n, hw] and deaf bool[R or 1, 1, S, S] forbid looking and talking where True
+        outside bool[R, 1, n, hw] and deaf bool[R or 1, 1, S, S] forbid looking and talking where True.
+        Returns the queries, and the keys and values by which they heard one another.
         """
         looking = outside.shape[2]
-        seen = self._look(x[:, :looking], position[:, :looking], level, images, outside)
+        seen = self._look(x[:, :looking], position[:, :looking], self.picture(level, images), outside)
         return self._talk(torch.cat((seen, x[:, looking:]), 1), position, deaf)
 
-    def _look(self, x: Tensor, position: Tensor, level: Level, images: Tensor, outside: Tensor) -> Tensor:
-        keys, values = self.cross.project(level.memory + level.positions, level.memory)  # once an image
-        rows = (keys.index_select(0, images), values.index_select(0, images))
-        return self.norm1(x + self.cross(x + position, *rows, outside))
+    def extend(self, x: Tensor, position: Tensor, hearing: Hearing, deaf: Tensor | None) -> Tensor:
+        """New words of growing captions, float[R, n, D]; deaf bool[R, 1, n, M] of all that is heard."""
+        seen = self._look(x, position, hearing.picture, hearing.outside)
+        return self._talk(seen, position, deaf, hearing.queries)[0]
 
-    def _talk(self, x: Tensor, position: Tensor, deaf: Tensor | None) -> Tensor:
+    def picture(self, level: Level, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a level, float[R, hw, D] each, projected once an image."""
+        keys, values = self.cross.project(level.memory + level.positions, level.memory)
+        return keys.index_select(0, images), values.index_select(0, images)
+
+    def _look(self, x: Tensor, position: Tensor, picture: tuple[Tensor, Tensor], outside: Tensor) -> Tensor:
+        return self.norm1(x + self.cross(x + position, *picture, outside))
+
+    def _talk(
+        self, x: Tensor, position: Tensor, deaf: Tensor | None, before: Kept | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         placed = x + position
-        x = self.norm2(x + self.self(placed, *self.self.project(placed, x), deaf))
-        return self.norm3(x + self.ffn(x))
+        keys, values = self.self.project(placed, x)
+        if before is not None:
+            keys, values = before.add(keys, values)
+        x = self.norm2(x + self.self(placed, keys, values, deaf))
+        return self.norm3(x + self.ffn(x)), (keys, values)
 
 
 class _QueryInit(nn.Module):
@@ -224,7 +305,7 @@ class _QueryInit(nn.Module):
         x = task[:, None].expand(-1, position.shape[-2], -1)
         outside = level.padding[images][:, None, None].expand(-1, -1, x.shape[1], -1)
         for layer in self.layers:
-            x = layer(x, position, level, images, outside)
+            x, _ = layer(x, position, level, images, outside)
         return x
 
 
@@ -268,19 +349,63 @@ class Decoder(nn.Module):
             self.query_init = _QueryInit(width, heads, config.ffn, config.init_layers)
 
     def forward(self, pixels: Pixels, request: Request) -> Outputs:
+        return self._decode(pixels, request)[0]
+
+    def listen(
+        self, pixels: Pixels, images: Tensor, task: Tensor, room: int, region: Tensor | None = None
+    ) -> tuple[Hearing, ...]:
+        """Decode what a caption is written from, once: nothing that is said of a picture changes it.
+
+        images int64[R], task float[R, D] as in `Request`; room for so many words of each; region bool[R, H,
+        W], the only part of the picture that the words look at (X-Decoder, 2.5). Returns one a layer.
+        """
+        _, heard = self._decode(pixels, Request(pattern="captioning", images=images, task=task))
+        sees = PATTERNS["captioning"].sees["text"]
+        heeded = [i for i, kind in enumerate(self._kinds(heard[0][0].shape[1])) if kind in sees]
+        hearings = []
+        for i, (layer, (keys, values)) in enumerate(zip(self.layers, heard, strict=True)):
+            assert isinstance(layer, _Layer)
+            level = pixels.levels[i % len(pixels.levels)]
+            hearings.append(
+                Hearing(
+                    picture=layer.picture(level, images),
+                    outside=_outside(level, images, region)[:, None, None],
+                    queries=Kept(keys[:, heeded], values[:, heeded], room),
+                    others=len(heeded),
+                )
+            )
+        return tuple(hearings)
+
+    def extend(self, words: Tensor, place: int, hearings: Sequence[Hearing], deaf: Tensor | None) -> Tensor:
+        """Words at `place` of growing captions: tokens float[R, n, D] -> text queries float[R, n, D],
+        normalised.
+
+        hearings   from `listen`; hold the words of earlier calls, and keep these
+        deaf       bool[R, 1, n, M], which of all M words so far do not stand in front; None where all do
+        """
+        x, position = words, words + self.caption_positions.weight[place]
+        for layer, hearing in zip(self.layers, hearings, strict=True):
+            assert isinstance(layer, _Layer)
+            others = None if deaf is None else F.pad(deaf, (hearing.others, 0))
+            x = layer.extend(x, position, hearing, others)
+        return self.norm(x)
+
+    def _decode(self, pixels: Pixels, request: Request) -> tuple[Outputs, list[tuple[Tensor, Tensor]]]:
+        """The outputs, and for each layer the keys and values by which the queries heard one another."""
         pattern = PATTERNS[request.pattern]
         x, position, initial = self._queries(request, pattern, pixels.levels[-1])
         deaf = self._self_mask(pattern, request, x)
         silent = 0 if pattern.looks or request.text is None else request.text.tokens.shape[1]
         looking = x.shape[1] - silent
         memory = pixels.levels[-1].memory.index_select(0, request.images)  # once a request, not once a layer
-        predictions = [self._predict(x, request, pixels, memory)]
+        predictions, heard = [self._predict(x, request, pixels, memory)], []
         for i, layer in enumerate(self.layers):
             level = pixels.levels[i % len(pixels.levels)]
             outside = self._cross_mask(predictions[-1], level, request.images, looking, silent > 0)
-            x = layer(x, position, level, request.images, outside, deaf)
+            x, keys = layer(x, position, level, request.images, outside, deaf)
             predictions.append(self._predict(x, request, pixels, memory))
-        return Outputs(predictions=tuple(predictions), images=request.images, initial=initial)
+            heard.append(keys)
+        return Outputs(predictions=tuple(predictions), images=request.images, initial=initial), heard
 
     def name_regions(self, pixels: Pixels, images: Tensor, masks: Tensor) -> Tensor:
         """The meaning of given regions by their looks alone.
@@ -318,7 +443,7 @@ class Decoder(nn.Module):
         """Content and position of all queries, float[R, S, D] each, in the order latent, image, task,
         text.
         """
-        rows, count = len(request.images), self.latents
+        rows, count = request.images.shape[0], self.latents
         places = self.positions.weight.expand(rows, -1, -1)
         latents, image = self.contents.weight.split((count, 1))
         initial = None
@@ -418,6 +543,19 @@ def _shares(mask_embed: Tensor, level: Level, images: Tensor) -> Tensor:
     """How much each cell of a level belongs to each mask, float[R, O, hw] in [0, 1]; padding to none."""
     inside = ~level.padding[images][:, None]
     return (mask_embed @ level.mask_features[images]).sigmoid() * inside
+
+
+@torch.no_grad()
+def _outside(level: Level, images: Tensor, region: Tensor | None) -> Tensor:
+    """bool[R, hw], the cells of a level that lie in the padding or, unless none is left, outside a region
+    bool[R, H, W]; a cell that touches the region is inside.
+    """
+    padding = level.padding.index_select(0, images)
+    if region is None:
+        return padding
+    touched = F.adaptive_max_pool2d(region[:, None].float(), level.grid).flatten(1) > 0
+    outside = padding | ~touched
+    return padding | (outside & ~outside.all(-1, keepdim=True))
 
 
 def _pool(image: Tensor, latents: Tensor) -> Tensor:

@@ -42,6 +42,24 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
+class Kept:
+    """Projected keys and values that grow, for sequences written a step at a time, without gradients.
+
+    Room for all of them is taken once: nothing is copied when some are added.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        """keys, values float[N, M, D] to begin with (M may be 0); `room` is how many may follow."""
+        self._length = keys.shape[1]
+        self._keys, self._values = (F.pad(x, (0, 0, 0, room)) for x in (keys, values))
+
+    def add(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append float[N, n, D] each and return all there are."""
+        start, self._length = self._length, self._length + keys.shape[1]
+        self._keys[:, start : self._length], self._values[:, start : self._length] = keys, values
+        return self._keys[:, : self._length], self._values[:, : self._length]
+
+
 class FeedForward(nn.Sequential):
     """Linear, ReLU, linear: float[..., D] -> float[..., D]."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.jobs import TextConfig
-from xdecoder.model.layers import Attention, matrix
+from xdecoder.model.layers import Attention, Kept, matrix
 from xdecoder.prompts import END, PAD, VOCABULARY_SIZE
 
 
@@ -49,9 +49,13 @@ class _Block(nn.Module):
             nn.init.normal_(linear.weight, std=width**-0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(self.fc.weight, std=(2 * width) ** -0.5)
 
-    def forward(self, x: Tensor, blocked: Tensor) -> Tensor:
+    def forward(self, x: Tensor, blocked: Tensor | None, before: Kept | None = None) -> Tensor:
+        """`before` holds the tokens in front of x, and keeps those of x."""
         h = self.norm1(x)
-        x = x + self.attention(h, *self.attention.project(h, h), blocked)
+        keys, values = self.attention.project(h, h)
+        if before is not None:
+            keys, values = before.add(keys, values)
+        x = x + self.attention(h, keys, values, blocked)
         h = self.fc(self.norm2(x))
         return x + self.proj(h * torch.sigmoid(1.702 * h))
 
@@ -111,6 +115,23 @@ class TextEncoder(nn.Module):
         blocked = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
         for block in self.blocks:
             x = block(x, blocked)
+        return self.project(self.norm(x))
+
+    def begin(self, texts: int, room: int) -> tuple[Kept, ...]:
+        """What `extend` keeps of `texts` growing texts, each with room for so many tokens; one a block."""
+        nothing = self.positions.new_empty(texts, 0, self.positions.shape[1])
+        return tuple(Kept(nothing, nothing, room) for _ in self.blocks)
+
+    def extend(self, ids: Tensor, place: int, before: Sequence[Kept], blocked: Tensor | None) -> Tensor:
+        """Tokens at `place` of growing texts: int64[N, n] -> float[N, n, D], as `forward` would give them.
+
+        before     from `begin`; holds the tokens of earlier calls, and keeps these
+        blocked    bool[N, 1, n, M], which of all M tokens given so far do not stand in front of which; None
+                   where all do
+        """
+        x = self.token_embedding(ids) + self.positions[place]
+        for block, kept in zip(self.blocks, before, strict=True):
+            x = block(x, blocked, kept)
         return self.project(self.norm(x))
 
     def token_logits(self, slots: Tensor, tokens: Tensor | None = None) -> Tensor:

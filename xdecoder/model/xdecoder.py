@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from schemas.jobs import ModelConfig
 from schemas.tasks import TASKS
 from xdecoder.model.backbone import Backbone
-from xdecoder.model.decoder import Decoder, Outputs, PatternName, Pixels, Prediction, Request
+from xdecoder.model.decoder import Decoder, Outputs, PatternName, Pixels, Prediction, Request, join
 from xdecoder.model.layers import Mlp, matrix
 from xdecoder.model.pixel_decoder import PixelDecoder
 from xdecoder.model.text import TextEncoder, TextFeatures
@@ -57,7 +57,8 @@ class XDecoder(nn.Module):
     def encode(self, images: Tensor, padding: Tensor) -> Pixels:
         """float32[B, 3, H, W] in [0, 1], bool[B, H, W] (True is padding) -> features of the pictures.
 
-        Raises `ValueError` where H or W is no multiple of the backbone's coarsest stride.
+        All are encoded on one canvas, as in training: convolutions and normalisation see what stands in the
+        padding. Raises `ValueError` where H or W is no multiple of the backbone's coarsest stride.
         """
         if images.shape[-2] % self.stride or images.shape[-1] % self.stride:
             raise ValueError(
@@ -72,6 +73,25 @@ class XDecoder(nn.Module):
         inside = 1 - F.interpolate(padding[:, None].float(), size=features[-1].shape[-2:], mode="nearest")
         pooled = (features[-1] * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
         return Pixels(mask_features=mask_features, levels=levels, pooled=pooled)
+
+    def encode_each(self, images: Sequence[Tensor], padding: Sequence[Tensor]) -> Pixels:
+        """Pictures on canvases of their own, float32[3, H_i, W_i] and bool[H_i, W_i] -> one batch of
+        features.
+
+        Each is encoded as it would be alone, whatever the backbone computes (borders, statistics and
+        attention over the whole canvas), those on canvases of one size together; only the decoder sees the
+        batch, and masks what is not a picture's own.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(tuple(image.shape), []).append(i)
+        parts = [
+            self.encode(torch.stack([images[i] for i in rows]), torch.stack([padding[i] for i in rows]))
+            for rows in groups.values()
+        ]
+        order = [i for rows in groups.values() for i in rows]
+        joined = join(parts)
+        return joined if order == sorted(order) else joined.select(torch.tensor(order).argsort())
 
     def ask(
         self,
