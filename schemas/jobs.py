@@ -93,6 +93,9 @@ class LossConfig(Settings):
         description="names of the true regions by their looks alone; needs model.mask_pooling",
     )
     mask_bce: float = Field(default=5.0, ge=0)
+    mask_focal: float = Field(
+        default=0.0, ge=0, description="sigmoid focal loss in the place of mask_bce (MaskFormer: 20)"
+    )
     mask_dice: float = Field(default=5.0, ge=0)
     query_text: float = Field(default=0.5, ge=0)
     grounding_ce: float = Field(default=0.4, ge=0)
@@ -103,7 +106,12 @@ class LossConfig(Settings):
     retrieval_backbone: float = Field(default=8.0, ge=0)
     vqa: float = Field(default=2.0, ge=0)
     no_object: Fraction = Field(default=0.1, description="weight of the background column in the class loss")
-    points: Positive = Field(default=12544, description="points sampled on each mask")
+    matching: Literal["bipartite", "fixed"] = Field(
+        default="bipartite", description="fixed: latent i answers for class i (MaskFormer, semantic alone)"
+    )
+    points: NonNegative = Field(
+        default=12544, description="points sampled on each mask; 0 is every pixel (MaskFormer)"
+    )
     oversample: float = Field(default=3.0, ge=1)
     importance: Fraction = 0.75
     top_layers: Positive = Field(
@@ -115,6 +123,17 @@ class LossConfig(Settings):
     class_layers: NonNegative = Field(
         default=0, description="class_ce: on this many last predictions; 0 is all of them, as in the papers"
     )
+
+    @model_validator(mode="after")
+    def _one_pixelwise_loss(self) -> "LossConfig":
+        if self.mask_bce and self.mask_focal:
+            raise ValueError("mask_bce and mask_focal are alternatives: set the weight of one to 0")
+        return self
+
+    @property
+    def pixelwise(self) -> Literal["bce", "focal"]:
+        """Which of the two alternatives masks are matched and taught by."""
+        return "focal" if self.mask_focal else "bce"
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -234,6 +253,8 @@ class TrainConfig(Settings):
             if getattr(self.batch, what) % self.num_workers:
                 size = getattr(self.batch, what)
                 raise ValueError(f"batch.{what} {size} cannot be divided by {self.num_workers} workers")
+        if self.loss.matching == "fixed" and {"instance", "panoptic"} & set(self.tasks):
+            raise ValueError("loss.matching=fixed has one latent a class: leave instance and panoptic out")
         if abs(sum(self.task_sampling) - 1) > 1e-6:
             raise ValueError(f"task_sampling {self.task_sampling} must sum to 1")
         return self

@@ -8,7 +8,7 @@ Letters: `L` predictions, `R` requests, `O` latents, `M` target masks, `K` class
 width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import MAX_SCALE, XDecoder
 from xdecoder.prompts import END, PAD, VOCABULARY_SIZE
 from xdecoder.training.batch import AnswerTargets, MaskTargets, PhraseTargets, Work
-from xdecoder.training.matcher import match, sample_points
+from xdecoder.training.matcher import ALPHA, GAMMA, Pairs, Pixelwise, match, match_fixed, sample_points
 
 Terms = dict[str, Tensor]
 
@@ -67,13 +67,12 @@ def segmentation(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     outputs = scene.model.ask(scene.pixels, "segmentation", work.images, _tasks(scene, work))
     logits = scene.model.similarity(_stack(outputs.predictions, "semantic"), scene.classes)
     masks = _masks(scene, outputs.predictions, work.images)
-    labels = targets.labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
-    costs = -logits.detach().softmax(-1).gather(-1, labels)
-    pairs = _match(scene, costs, masks, targets.masks, targets.counts)
+    pairs = _MATCHING[scene.config.matching](scene, logits, masks, targets)
     last = scene.config.class_layers  # 0 leaves nothing out
     named = pairs[-last * len(work.images) :]
     terms = {"class_ce": class_loss(logits[-last:], targets.labels, named, scene.config.no_object)}
-    terms["mask_bce"], terms["mask_dice"] = mask_losses(masks, targets.masks, pairs, scene.config)
+    kind = scene.config.pixelwise
+    terms[f"mask_{kind}"], terms["mask_dice"] = mask_losses(masks, targets.masks, pairs, scene.config, kind)
     if scene.config.region_ce:
         terms["region_ce"] = _region_loss(scene, work, targets)
     if outputs.initial is not None:
@@ -81,9 +80,7 @@ def segmentation(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     return terms
 
 
-def class_loss(
-    logits: Tensor, labels: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]], no_object: float
-) -> Tensor:
+def class_loss(logits: Tensor, labels: Tensor, pairs: Pairs, no_object: float) -> Tensor:
     """Weighted cross-entropy over K classes and background, summed over predictions.
 
     logits   float[L, R, O, K + 1]; labels int64[R, M]; pairs from `match`; unmatched latents want the last
@@ -111,12 +108,13 @@ def _region_loss(scene: Scene, work: Work, targets: MaskTargets) -> Tensor:
 
 
 def mask_losses(
-    logits: Tensor, truth: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]], config: LossConfig
+    logits: Tensor, truth: Tensor, pairs: Pairs, config: LossConfig, pixelwise: Pixelwise = "bce"
 ) -> tuple[Tensor, Tensor]:
-    """Point-sampled cross-entropy and dice of the matched masks, summed over masks and predictions.
+    """A pixelwise loss and dice of the matched masks, summed over masks and predictions.
 
-    logits float[L, R, O, h, w], truth float[R, M, H, W]. Divided by the mean number of target masks over
-    ranks, at least one. Without a match both are zero and connected to the graph.
+    logits float[L, R, O, h, w], truth float[R, M, H, W]. On points of the mask, or on every pixel of the
+    truth where `config.points` is 0. Divided by the mean number of target masks over ranks, at least one.
+    Without a match both are zero and connected to the graph.
     """
     rows = logits.shape[1]
     where = [
@@ -130,12 +128,29 @@ def mask_losses(
         return zero, zero
     layer, row, query, target = torch.tensor(where, device=logits.device).unbind(1)
     predicted, wanted = logits[layer, row, query][:, None].float(), truth[row, target][:, None]
-    places = uncertain_points(predicted, config)
-    x, y = sample_points(predicted, places)[:, 0], sample_points(wanted, places)[:, 0]
+    if config.points:
+        places = uncertain_points(predicted, config)
+        x, y = sample_points(predicted, places)[:, 0], sample_points(wanted, places)[:, 0]
+    else:
+        x = F.interpolate(predicted, size=truth.shape[-2:], mode="bilinear", align_corners=False).flatten(1)
+        y = wanted.flatten(1)
     p = x.sigmoid()
-    bce = F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1)
     dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
-    return bce.sum() / number, dice.sum() / number
+    return _PIXELWISE[pixelwise](x, y).mean(1).sum() / number, dice.sum() / number
+
+
+def _binary(logits: Tensor, truth: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+
+
+def _focal(logits: Tensor, truth: Tensor) -> Tensor:
+    """a_t (1 - p_t)^g (-log p_t), where x_t is x for a target of one and 1 - x for zero (RetinaNet)."""
+    p = logits.sigmoid()
+    unsure = (1 - p) * truth + p * (1 - truth)  # 1 - p_t, also between zero and one as p_t is linear in t
+    return (ALPHA * truth + (1 - ALPHA) * (1 - truth)) * unsure**GAMMA * _binary(logits, truth)
+
+
+_PIXELWISE: Mapping[Pixelwise, Callable[[Tensor, Tensor], Tensor]] = {"bce": _binary, "focal": _focal}
 
 
 @torch.no_grad()
@@ -215,7 +230,7 @@ def pack(phrases: TextFeatures, counts: Sequence[int]) -> tuple[TextFeatures, Te
     return text, torch.nn.utils.rnn.pad_sequence(sentences, batch_first=True)
 
 
-def grounding_loss(logits: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+def grounding_loss(logits: Tensor, pairs: Pairs) -> Tensor:
     """For every phrase, cross-entropy over the latents: float[L, R, O, M]; mean over phrases, summed over
     predictions.
     """
@@ -399,8 +414,23 @@ def _masks(scene: Scene, predictions: Sequence[Prediction], images: Tensor) -> T
     return torch.stack([scene.model.masks(p, scene.pixels, images) for p in predictions])
 
 
-def _match(
-    scene: Scene, class_costs: Tensor, masks: Tensor, truth: Tensor, counts: Sequence[int]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    weights = (scene.config.class_ce, scene.config.mask_bce, scene.config.mask_dice)
-    return match(class_costs, masks.detach(), truth, list(counts), weights, scene.config.points)
+def _match(scene: Scene, class_costs: Tensor, masks: Tensor, truth: Tensor, counts: Sequence[int]) -> Pairs:
+    config, kind = scene.config, scene.config.pixelwise
+    weights = (config.class_ce, getattr(config, f"mask_{kind}"), config.mask_dice)
+    return match(class_costs, masks.detach(), truth, list(counts), weights, config.points, kind)
+
+
+def _by_cost(scene: Scene, logits: Tensor, masks: Tensor, targets: MaskTargets) -> Pairs:
+    labels = targets.labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
+    costs = -logits.detach().softmax(-1).gather(-1, labels)
+    return _match(scene, costs, masks, targets.masks, targets.counts)
+
+
+def _by_class(scene: Scene, logits: Tensor, masks: Tensor, targets: MaskTargets) -> Pairs:
+    return match_fixed(targets.labels, targets.counts, logits.shape[2], len(logits))
+
+
+_MATCHING: Mapping[str, Callable[[Scene, Tensor, Tensor, MaskTargets], Pairs]] = {
+    "bipartite": _by_cost,
+    "fixed": _by_class,
+}
