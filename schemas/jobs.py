@@ -53,8 +53,12 @@ class ModelConfig(Settings):
     heads: Positive = 8
     ffn: Positive = 2048
     decoder_layers: Positive = 9
+    pixel_decoder: Literal["fpn", "deformable"] = Field(
+        default="fpn",
+        description="fpn (MaskFormer, X-Decoder), or deformable (Mask2Former, OneFormer)",
+    )
     encoder_layers: NonNegative = Field(
-        default=6, description="transformer layers of the pixel decoder, coarsest map"
+        default=6, description="transformer layers of the pixel decoder: coarsest map, or the three coarsest"
     )
     latents: Positive = Field(default=100, description="object queries; the image query comes on top")
     task_tokens: bool = Field(

@@ -5,6 +5,7 @@ Letters: `B` images, `H W` pixels, `C` channels of a level.
 
 import timm
 import torch
+from timm.layers import Format
 from torch import Tensor, nn
 
 from schemas.jobs import BackboneConfig
@@ -40,4 +41,9 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return list(self.body((images - self.mean) / self.std))
+        maps = self.body((images - self.mean) / self.std)
+        return [self._channels_first(m) for m in maps]
+
+    def _channels_first(self, feature: Tensor) -> Tensor:
+        """timm's Swin gives [B, h, w, C]."""
+        return feature.permute(0, 3, 1, 2) if self.body.output_fmt == Format.NHWC else feature

@@ -3,7 +3,7 @@
 Letters: `B` images, `R` requests, `O` latents, `K` concepts (class names or phrases), `D` width, `N` texts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from schemas.jobs import ModelConfig
 from schemas.tasks import TASKS
 from xdecoder.model.backbone import Backbone
 from xdecoder.model.decoder import Decoder, Outputs, PatternName, Pixels, Prediction, Request
+from xdecoder.model.deformable import DeformablePixelDecoder
 from xdecoder.model.layers import Mlp, matrix
 from xdecoder.model.pixel_decoder import PixelDecoder
 from xdecoder.model.text import TextEncoder, TextFeatures
@@ -23,6 +24,10 @@ INITIAL_SCALE = (
     2.6592  # ln(1 / 0.07), as CLIP; the original starts at 1.0 because pretrained weights overwrite it
 )
 MAX_SCALE = 100.0
+PIXEL_DECODERS: Mapping[str, type[PixelDecoder] | type[DeformablePixelDecoder]] = {
+    "fpn": PixelDecoder,
+    "deformable": DeformablePixelDecoder,
+}
 
 
 class XDecoder(nn.Module):
@@ -34,7 +39,7 @@ class XDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config.backbone)
-        self.pixel_decoder = PixelDecoder(
+        self.pixel_decoder = PIXEL_DECODERS[config.pixel_decoder](
             self.backbone.channels, config.width, config.heads, config.ffn, config.encoder_layers
         )
         self.text = TextEncoder(config.width, config.text)
