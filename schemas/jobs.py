@@ -39,8 +39,11 @@ class BackboneConfig(Settings):
 
 
 class TextConfig(Settings):
-    """The causal text encoder; its width is the model's."""
+    """The causal text encoder (CLIP's)."""
 
+    width: NonNegative = Field(
+        default=0, description="0 is the model's; with another, texts name classes but are no queries"
+    )
     layers: Positive = 12
     heads: Positive = 8
     context: Positive = Field(default=77, description="the longest text, in tokens, with start and end")
@@ -52,7 +55,13 @@ class ModelConfig(Settings):
     width: Positive = 512
     heads: Positive = 8
     ffn: Positive = 2048
-    decoder_layers: Positive = 9
+    decoder_layers: NonNegative = 9
+    decoder_levels: Annotated[int, Field(ge=1, le=3)] = Field(
+        default=3, description="coarsest maps that the decoder's layers look at in turn (MaskFormer: 1)"
+    )
+    masked_attention: bool = Field(
+        default=True, description="a latent looks inside its own mask alone (Mask2Former)"
+    )
     pixel_decoder: Literal["fpn", "deformable"] = Field(
         default="fpn",
         description="fpn (MaskFormer, X-Decoder), or deformable (Mask2Former, OneFormer)",
@@ -72,18 +81,55 @@ class ModelConfig(Settings):
     text_contexts: NonNegative = Field(
         default=16, description="learnable vectors in the query-text list (OneFormer N_ctx)"
     )
+    classes: NonNegative = Field(
+        default=0, description="0 names classes by their texts; else a closed linear classifier of so many"
+    )
+    output: Literal["masks", "pixels", "latents"] = Field(
+        default="masks",
+        description="(class, mask) pairs; or every pixel's class, by its features or by a latent a class",
+    )
     backbone: BackboneConfig = BackboneConfig()
-    text: TextConfig = TextConfig()
+    text: TextConfig | None = Field(
+        default=TextConfig(), description="null: the model knows no words; needs classes"
+    )
+
+    @property
+    def context(self) -> int:
+        """The longest text in tokens; start and end alone without a text encoder."""
+        return self.text.context if self.text else 2
+
+    @property
+    def text_width(self) -> int:
+        """Of a sentence's meaning; 0 without a text encoder."""
+        return (self.text.width or self.width) if self.text else 0
+
+    @property
+    def text_queries(self) -> bool:
+        """Whether words can be queries: phrases, captions, questions and the tasks that need them."""
+        return self.text_width == self.width
 
     @model_validator(mode="after")
     def _divisible(self) -> "ModelConfig":
-        for what, heads in (("heads", self.heads), ("text.heads", self.text.heads)):
-            if self.width % heads:
-                raise ValueError(f"width {self.width} cannot be divided by {what} {heads}")
+        pairs = [("heads", self.width, self.heads)]
+        if self.text:
+            pairs.append(("text.heads", self.text_width, self.text.heads))
+        for what, width, heads in pairs:
+            if width % heads:
+                raise ValueError(f"width {width} cannot be divided by {what} {heads}")
         if self.width % 32:
             raise ValueError(f"width {self.width} must be a multiple of 32 (groups of the normalisation)")
         if self.text_contexts > self.latents:
             raise ValueError(f"text_contexts {self.text_contexts} exceeds latents {self.latents}")
+        return self
+
+    @model_validator(mode="after")
+    def _words_where_they_are_needed(self) -> "ModelConfig":
+        if self.text is None and not self.classes:
+            raise ValueError("text: null needs classes: nothing else could name a class")
+        if self.task_tokens and not self.text_queries:
+            raise ValueError("task_tokens needs a text encoder of the model's width; set task_tokens: false")
+        if self.output == "latents" and self.classes != self.latents:
+            raise ValueError(f"output latents needs classes = latents, not {self.classes} and {self.latents}")
         return self
 
 
@@ -109,6 +155,7 @@ class LossConfig(Settings):
     retrieval: float = Field(default=2.0, ge=0)
     retrieval_backbone: float = Field(default=8.0, ge=0)
     vqa: float = Field(default=2.0, ge=0)
+    pixel_ce: float = Field(default=1.0, ge=0, description="per-pixel classification (model.output)")
     no_object: Fraction = Field(default=0.1, description="weight of the background column in the class loss")
     matching: Literal["bipartite", "fixed"] = Field(
         default="bipartite", description="fixed: latent i answers for class i (MaskFormer, semantic alone)"
@@ -357,6 +404,22 @@ class PretrainJob(Job):
     def _regions_need_pooling(self) -> "PretrainJob":
         if self.train.loss.region_ce and not self.model.mask_pooling:
             raise ValueError("train.loss.region_ce needs model.mask_pooling=true")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_fit_the_model(self) -> "PretrainJob":
+        able: tuple[Task, ...] = TASKS
+        if not self.model.text_queries:
+            able = ("semantic", "instance", "panoptic")
+        if self.model.output != "masks":
+            able = ("semantic",)
+        for what, tasks in (("train", self.train.tasks), ("evaluate", self.evaluate.tasks)):
+            beyond = sorted(set(tasks) - set(able))
+            if beyond:
+                raise ValueError(
+                    f"{what}.tasks: this model (model.output {self.model.output!r}, "
+                    f"{'' if self.model.text_queries else 'no '}text queries) cannot do {beyond}"
+                )
         return self
 
 

@@ -50,6 +50,8 @@ def test_the_four_jobs_speak_of_the_same_dataset_model_and_measurement() -> None
         ("model.mask_pooling=false", "region_ce needs model.mask_pooling=true"),
         ("train.loss.mask_focal=20", "mask_bce and mask_focal are alternatives"),
         ("train.loss.matching=fixed", "leave instance and panoptic out"),
+        ("model.output=pixels", "train.tasks: this model (model.output 'pixels'"),
+        ("model.text=null", "text: null needs classes"),
         ("kind=pretrian", "did you mean 'pretrain'?"),
         ("name=a/b", "name: String should match pattern"),
         ("train.steps", "write it as a.b=value"),

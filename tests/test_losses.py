@@ -271,6 +271,30 @@ def test_query_text_scale_is_bounded() -> None:
     torch.testing.assert_close(one, other)
 
 
+# -------------------------------------------------------------------------------- every pixel
+
+
+def test_the_label_map_is_void_where_no_mask_lies() -> None:
+    masks = torch.zeros(2, 2, 2, 3)
+    masks[0, 0, 0], masks[0, 1, 1, :2] = 1, 1
+    targets = MaskTargets(masks=masks, labels=torch.tensor([[4, 0], [-1, -1]]), counts=(2, 0), texts=masks)
+    assert losses.label_map(targets).tolist() == [[[4, 4, 4], [0, 0, -1]], [[-1] * 3] * 2]
+    nothing = MaskTargets(masks=masks[:, :0], labels=masks[:, :0, 0, 0].long(), counts=(0, 0), texts=masks)
+    assert losses.label_map(nothing).tolist() == [[[-1] * 3] * 2] * 2
+
+
+def test_pixel_loss_equals_its_formula() -> None:
+    logits = noise(2, 3, 2, 2).requires_grad_()
+    truth = torch.randint(-1, 3, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    large = F.interpolate(logits, size=(4, 4), mode="bilinear").double()
+    places = (truth >= 0).nonzero().tolist()
+    expected = [-float(large[r, :, y, x].log_softmax(0)[truth[r, y, x]].detach()) for r, y, x in places]
+    assert losses.pixel_loss(logits, truth).item() == pytest.approx(np.mean(expected), abs=1e-6)
+    void = losses.pixel_loss(logits, torch.full_like(truth, -1))
+    void.backward()
+    assert void.item() == 0 and logits.grad is not None and not logits.grad.any()
+
+
 # -------------------------------------------------------------------------------- phrases and captions
 
 

@@ -120,7 +120,7 @@ def semantic(sitting: Sitting, samples: Sequence[Sample]) -> Exam:
     metric = _mean_iou(sitting, known, taxonomy)
     scores = metric.compute()
     unseen = [i for i, c in enumerate(sitting.taxonomy.categories) if not c.seen]
-    if unseen:
+    if unseen and not sitting.predictor.model.config.classes:  # a closed list cannot be asked for others
         general = _mean_iou(sitting, samples, sitting.taxonomy)
         seen = [i for i in range(len(sitting.taxonomy.names)) if i not in unseen]
         s, u = (general.compute(classes=chosen)["mIoU"] for chosen in (seen, unseen))

@@ -20,7 +20,7 @@ def greedy(model: XDecoder, pixels: Pixels, images: Tensor, task: Tensor, max_to
     """
     ids = torch.full((len(images), 1), START, device=images.device)
     ended = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    for _ in range(min(max_tokens, model.text.context - 1)):
+    for _ in range(min(max_tokens, model.config.context - 1)):
         # an unfinished text has no end mark: one is lent, so that all of its slots count as text
         text = model.text(torch.cat((ids, torch.full_like(ids[:, :1], END)), 1))
         slots = model.ask(pixels, "captioning", images, task, text).final.text

@@ -26,7 +26,7 @@ from xdecoder.inference import draw, generate, postprocess
 from xdecoder.inference.postprocess import Frame, Instances, PanopticMap
 from xdecoder.model.decoder import Pixels
 from xdecoder.model.files import ModelCard, load_model
-from xdecoder.model.xdecoder import ClassTexts, XDecoder
+from xdecoder.model.xdecoder import ClassTexts, XDecoder, columns
 from xdecoder.training.augment import PAD_VALUE
 from xdecoder.training.losses import answer_logits, pack
 
@@ -331,14 +331,19 @@ class Predictor:
         self, images: Sequence[Picture], taxonomy: Taxonomy, task: Task
     ) -> Iterator[tuple[Array, Tensor, Tensor, Frame]]:
         """For each picture: itself, class probabilities [O, K + 1], mask logits [O, h, w], and its frame."""
-        texts = ClassTexts.of(taxonomy.names, self.model.text.context)
-        classes = texts.embed(self.model.text(texts.ids.to(self.device)).sentence)
+        classes = self._classes(taxonomy.names)
         for pixels, arrays, frames in self._fitted(images):
             where = torch.arange(len(arrays), device=self.device)
             final = self.model.ask(pixels, "segmentation", where, self._task(task, len(arrays))).final
-            probs = self.model.similarity(final.semantic, classes).softmax(-1)
-            masks = self.model.masks(final, pixels, where)
+            probs, masks = self.model.pairs(final, pixels, where, classes)
             yield from zip(arrays, probs, masks, frames, strict=True)
+
+    def _classes(self, names: Sequence[str]) -> Tensor:
+        """What `XDecoder.class_logits` takes for these classes."""
+        if self.model.config.classes:
+            return columns(self.vocabulary.taxonomy.names, names).to(self.device)
+        texts = ClassTexts.of(names, self.model.config.context)
+        return texts.embed(self.model.text(texts.ids.to(self.device)).sentence)
 
     @torch.no_grad()
     def _fitted(self, images: Sequence[Picture]) -> Iterator[tuple[Pixels, list[Array], list[Frame]]]:

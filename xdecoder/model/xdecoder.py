@@ -3,7 +3,7 @@
 Letters: `B` images, `R` requests, `O` latents, `K` concepts (class names or phrases), `D` width, `N` texts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from xdecoder.model.decoder import Decoder, Outputs, PatternName, Pixels, Predic
 from xdecoder.model.deformable import DeformablePixelDecoder
 from xdecoder.model.layers import Mlp, matrix
 from xdecoder.model.pixel_decoder import PixelDecoder
-from xdecoder.model.text import TextEncoder, TextFeatures
+from xdecoder.model.text import TextEncoder, TextFeatures, Wordless
 from xdecoder.prompts import NO_OBJECT, synonyms, task_prompt, tokenize
 
 INITIAL_SCALE = (
@@ -42,16 +42,18 @@ class XDecoder(nn.Module):
         self.pixel_decoder = PIXEL_DECODERS[config.pixel_decoder](
             self.backbone.channels, config.width, config.heads, config.ffn, config.encoder_layers
         )
-        self.text = TextEncoder(config.width, config.text)
+        self.text = TextEncoder(config.text_width, config.text) if config.text else Wordless()
         self.decoder = Decoder(config)
-        self.caption_embed = matrix(config.width, config.width)
-        self.pooled_embed = matrix(self.backbone.channels[-1], config.width)
-        self.log_scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
+        if config.text_queries:
+            self.caption_embed = matrix(config.width, config.width)
+            self.pooled_embed = matrix(self.backbone.channels[-1], config.width)
+        if config.text_queries or not config.classes:
+            self.log_scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
         if config.task_tokens:
             self.query_text_mlp = Mlp(config.width, 2)
             self.query_text_context = nn.Embedding(config.text_contexts, config.width)
             self.query_text_scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
-        prompts = tokenize([task_prompt(task) for task in TASKS], config.text.context)
+        prompts = tokenize([task_prompt(task) for task in TASKS], config.context)
         self.register_buffer("task_ids", prompts, persistent=False)
 
     @property
@@ -101,11 +103,43 @@ class XDecoder(nn.Module):
         """Scaled cosine: float[..., D] against float[K, D] -> logits float[..., K]."""
         return self.scale() * F.normalize(meaning, dim=-1) @ F.normalize(texts, dim=-1).transpose(-1, -2)
 
+    def class_logits(self, meaning: Tensor, classes: Tensor) -> Tensor:
+        """Meanings of queries float[..., D] -> logits of K classes and of none of them, float[..., K + 1].
+
+        classes    what stands for each of the K + 1: sentences float[K + 1, D] of `ClassTexts`, or in a
+                   model with a closed list int64[K + 1] from `columns`
+        """
+        if self.config.classes:
+            return meaning.index_select(-1, classes)
+        return self.similarity(meaning, classes)
+
+    def pixel_logits(self, prediction: Prediction, pixels: Pixels, images: Tensor, classes: Tensor) -> Tensor:
+        """Per-pixel classification: logits float[R, K, h0, w0] at the stride of the mask features."""
+        return _PIXEL_LOGITS[self.config.output](self, prediction, pixels, images, classes)
+
+    def pairs(
+        self, prediction: Prediction, pixels: Pixels, images: Tensor, classes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is decided upon: class probabilities float[R, O, K + 1] and mask logits float[R, O, h0, w0].
+
+        Of per-pixel classification: K masks, the logarithm of each class's probability, so that the largest
+        is the class of the pixel.
+        """
+        if self.config.output == "masks":
+            probs = self.class_logits(prediction.semantic, classes).softmax(-1)
+            return probs, self.masks(prediction, pixels, images)
+        logits = self.pixel_logits(prediction, pixels, images, classes)
+        count = logits.shape[1]
+        sure = torch.eye(count, count + 1, device=logits.device)
+        return sure.expand(len(logits), -1, -1), logits.log_softmax(1)
+
     def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
         """Any texts, for inference; training encodes all texts of a step in one pass
-        (`TextEncoder.several`).
+        (`TextEncoder.several`). Raises `ValueError` in a model whose queries cannot be words.
         """
-        return self.text(tokenize(texts, self.text.context).to(self.log_scale.device))
+        if not self.config.text_queries:
+            raise ValueError("this model reads class names at most: model.text is null or of another width")
+        return self.text(tokenize(texts, self.config.context).to(self.task_ids.device))
 
     def embed_pooled(self, pixels: Pixels) -> Tensor:
         """The backbone's own opinion of each picture, float[B, D], for retrieval."""
@@ -116,6 +150,38 @@ class XDecoder(nn.Module):
         all.
         """
         return self.text.token_logits(self.caption_embed(slots), tokens)
+
+
+def _by_features(
+    model: XDecoder, prediction: Prediction, pixels: Pixels, images: Tensor, classes: Tensor
+) -> Tensor:
+    """Each pixel's feature is classified alone (MaskFormer's PerPixelBaseline; with texts, SPNet)."""
+    logits = model.class_logits(model.decoder.name_pixels(pixels, images), classes)
+    return logits[..., :-1].permute(0, 3, 1, 2)
+
+
+def _by_latents(
+    model: XDecoder, prediction: Prediction, pixels: Pixels, images: Tensor, classes: Tensor
+) -> Tensor:
+    """The mask of latent k is the logit of class k (MaskFormer's PerPixelBaseline+)."""
+    return model.masks(prediction, pixels, images).index_select(1, classes[:-1])
+
+
+_PIXEL_LOGITS: Mapping[str, Callable[[XDecoder, Prediction, Pixels, Tensor, Tensor], Tensor]] = {
+    "pixels": _by_features,
+    "latents": _by_latents,
+}
+
+
+def columns(known: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """Where a closed classifier of the `known` names keeps the wanted ones, then no-object: int64[K + 1].
+
+    Raises `ValueError` for a name it does not know.
+    """
+    unknown = sorted(set(wanted) - set(known))
+    if unknown:
+        raise ValueError(f"this model's class list is closed (model.classes): it does not know {unknown}")
+    return torch.tensor([*(known.index(name) for name in wanted), len(known)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from schemas.jobs import LossConfig
 from schemas.tasks import TASKS
-from xdecoder.model.decoder import Pixels, Prediction
+from xdecoder.model.decoder import Outputs, Pixels, Prediction
 from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import MAX_SCALE, XDecoder
 from xdecoder.prompts import END, PAD, VOCABULARY_SIZE
@@ -34,8 +34,8 @@ Terms = dict[str, Tensor]
 class Scene:
     """What the loss functions share: the encoded batch, and texts that are the same for every request.
 
-    classes float[K + 1, D], unit; answers float[A, D]; tasks float[7, D], the sentences behind the task
-    tokens
+    classes    what `XDecoder.class_logits` takes; answers float[A, D]
+    tasks      float[7, D], the sentences behind the task tokens
     """
 
     model: XDecoder
@@ -61,11 +61,18 @@ def total(terms: Mapping[str, Tensor], config: LossConfig) -> Tensor:
 
 
 def segmentation(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
-    """Semantic, instance and panoptic requests: class, mask and query-text terms (MaskFormer, OneFormer)."""
+    """Semantic, instance and panoptic requests, by what the model's output is (`ModelConfig.output`)."""
     targets = work.targets
     assert isinstance(targets, MaskTargets)
     outputs = scene.model.ask(scene.pixels, "segmentation", work.images, _tasks(scene, work))
-    logits = scene.model.similarity(_stack(outputs.predictions, "semantic"), scene.classes)
+    return _OUTPUTS[scene.model.config.output](scene, work, targets, outputs, texts)
+
+
+def _mask_classification(
+    scene: Scene, work: Work, targets: MaskTargets, outputs: Outputs, texts: TextFeatures
+) -> Terms:
+    """Class, mask and query-text terms of (class, mask) pairs (MaskFormer, OneFormer)."""
+    logits = scene.model.class_logits(_stack(outputs.predictions, "semantic"), scene.classes)
     masks = _masks(scene, outputs.predictions, work.images)
     pairs = _MATCHING[scene.config.matching](scene, logits, masks, targets)
     last = scene.config.class_layers  # 0 leaves nothing out
@@ -78,6 +85,52 @@ def segmentation(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     if outputs.initial is not None:
         terms["query_text"] = _query_text(scene, outputs.initial, texts.sentence)
     return terms
+
+
+def _by_features(
+    scene: Scene, work: Work, targets: MaskTargets, outputs: Outputs, texts: TextFeatures
+) -> Terms:
+    """One classification of every pixel: the decoder's layers have no say in it."""
+    return {"pixel_ce": _pixel_ce(scene, work, targets, outputs.predictions[-1:])}
+
+
+def _by_latents(
+    scene: Scene, work: Work, targets: MaskTargets, outputs: Outputs, texts: TextFeatures
+) -> Terms:
+    """One after every layer (MaskFormer, 2.2), and before the first where there is no other."""
+    return {"pixel_ce": _pixel_ce(scene, work, targets, outputs.predictions[1:] or outputs.predictions)}
+
+
+_OUTPUTS: Mapping[str, Callable[[Scene, Work, MaskTargets, Outputs, TextFeatures], Terms]] = {
+    "masks": _mask_classification,
+    "pixels": _by_features,
+    "latents": _by_latents,
+}
+
+
+def _pixel_ce(scene: Scene, work: Work, targets: MaskTargets, predictions: Sequence[Prediction]) -> Tensor:
+    truth = label_map(targets)
+    every = [scene.model.pixel_logits(p, scene.pixels, work.images, scene.classes) for p in predictions]
+    return torch.stack([pixel_loss(logits, truth) for logits in every]).sum()
+
+
+def label_map(targets: MaskTargets) -> Tensor:
+    """The class of each pixel, int64[R, H, W]; -1 where no mask lies."""
+    if not targets.masks.shape[1]:
+        return torch.full_like(targets.masks.sum(1), -1, dtype=torch.int64)
+    covered, owner = targets.masks.max(1)
+    labels = targets.labels[:, :, None].expand(-1, -1, owner[0].numel()).gather(1, owner.flatten(1)[:, None])
+    return torch.where(covered > 0, labels[:, 0].unflatten(1, owner.shape[1:]), -1)
+
+
+def pixel_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Mean cross-entropy of all labelled pixels: float[R, K, h, w], resized, against int64[R, H, W].
+
+    -1 is no label; without any the loss is zero and connected to the graph.
+    """
+    large = F.interpolate(logits.float(), size=truth.shape[-2:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(large, truth, ignore_index=-1, reduction="sum")
+    return total / mean_over_ranks((truth >= 0).sum()).clamp(min=1)
 
 
 def class_loss(logits: Tensor, labels: Tensor, pairs: Pairs, no_object: float) -> Tensor:
@@ -101,7 +154,7 @@ def class_loss(logits: Tensor, labels: Tensor, pairs: Pairs, no_object: float) -
 def _region_loss(scene: Scene, work: Work, targets: MaskTargets) -> Tensor:
     """Cross-entropy of the true regions' names by mask pooling, the mean over the regions of all ranks."""
     meaning = scene.model.decoder.name_regions(scene.pixels, work.images, targets.masks)
-    logits = scene.model.similarity(meaning, scene.classes)
+    logits = scene.model.class_logits(meaning, scene.classes)
     real = (targets.labels >= 0) & targets.masks.flatten(2).any(-1)
     number = mean_over_ranks(real.sum()).clamp(min=1)
     return F.cross_entropy(logits[real], targets.labels[real], reduction="sum") / number
