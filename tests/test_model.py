@@ -158,9 +158,8 @@ def test_class_names_may_be_told_in_a_width_of_their_own() -> None:
 
 def test_plain_attention_looks_at_the_coarsest_map_as_a_whole() -> None:
     """MaskFormer: what the finer levels hold, and where the masks lie, changes no query."""
-    of = model(
-        masked_attention=False, decoder_levels=1, task_tokens=False, mask_pooling=False
-    ).requires_grad_(False)
+    changes = {"masked_attention": False, "decoder_levels": 1, "task_tokens": False, "mask_pooling": False}
+    of = model(**changes).requires_grad_(False)
     pixels = of.encode(torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool))
     tasks, rows = of.text(of.task_ids).sentence[:1], torch.tensor([0])
     masks = [replace(level, mask_features=-level.mask_features) for level in pixels.levels]

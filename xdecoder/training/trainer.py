@@ -68,9 +68,7 @@ class Objective(nn.Module):
             scene = Scene(
                 model=model,
                 pixels=model.encode(batch.images, batch.padding),
-                classes=self.class_columns
-                if model.config.classes
-                else self.class_texts.embed(classes.sentence),
+                classes=self._classes(classes.sentence),
                 answers=answers.sentence,
                 tasks=tasks.sentence,
                 config=self.config,
@@ -78,6 +76,11 @@ class Objective(nn.Module):
             for work in batch.works:
                 terms |= TABLE[work.kind].loss(scene, work, of_work[id(work)])
         return terms
+
+    def _classes(self, sentences: Tensor) -> Tensor:
+        """What `XDecoder.class_logits` takes for the classes of the training."""
+        closed = self.model.config.classes
+        return self.class_columns if closed else self.class_texts.embed(sentences)
 
 
 class Trainer:
