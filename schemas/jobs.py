@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from schemas.tasks import TASKS, Task
 
@@ -18,6 +26,15 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+def _one_place(prompt: str) -> str:
+    if prompt.count("{}") != 1 or "{" in prompt.replace("{}", ""):
+        raise ValueError(f"prompt {prompt!r} must hold {{}} once, for the name of a class")
+    return prompt
+
+
+Prompts = Annotated[tuple[Annotated[str, AfterValidator(_one_place)], ...], Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -47,6 +64,10 @@ class TextConfig(Settings):
     layers: Positive = 12
     heads: Positive = 8
     context: Positive = Field(default=77, description="the longest text, in tokens, with start and end")
+    clip: str = Field(
+        default="", description="open_clip MODEL/TAG to start from, e.g. ViT-B-16-quickgelu/openai; downloads"
+    )
+    frozen: bool = Field(default=False, description="keep the weights as they start (ZegFormer)")
 
 
 class ModelConfig(Settings):
@@ -83,6 +104,12 @@ class ModelConfig(Settings):
     )
     classes: NonNegative = Field(
         default=0, description="0 names classes by their texts; else a closed linear classifier of so many"
+    )
+    prompts: Prompts = Field(
+        default=("{}",), description="sentences around a class name; the meanings of all are averaged"
+    )
+    no_object: Literal["text", "learned"] = Field(
+        default="text", description='the words "no object", or a learned vector (ZegFormer)'
     )
     output: Literal["masks", "pixels", "latents"] = Field(
         default="masks",
@@ -128,6 +155,8 @@ class ModelConfig(Settings):
             raise ValueError("text: null needs classes: nothing else could name a class")
         if self.task_tokens and not self.text_queries:
             raise ValueError("task_tokens needs a text encoder of the model's width; set task_tokens: false")
+        if self.no_object == "learned" and self.classes:
+            raise ValueError("no_object learned goes with class names; a closed classifier has its own")
         if self.output == "latents" and self.classes != self.latents:
             raise ValueError(f"output latents needs classes = latents, not {self.classes} and {self.latents}")
         return self
@@ -314,6 +343,22 @@ class TrainConfig(Settings):
 # ------------------------------------------------------------------------------------------ evaluation
 
 
+class ZeroShotConfig(Settings):
+    """How classes without a mask in training are told (ZegFormer), where the taxonomy has such."""
+
+    gamma: Fraction = Field(
+        default=0.0, description="calibration: taken from the scores of seen classes (ZegFormer: 0.1)"
+    )
+    regions: Literal["off", "crop", "mask", "cropmask"] = Field(
+        default="off", description="image branch: what of a region its encoder sees"
+    )
+    encoder: str = Field(
+        default="", description="image branch: open_clip MODEL/TAG; empty is the model's own image embedding"
+    )
+    weight: Fraction = Field(default=2 / 3, description="lambda of the ensemble with the image branch")
+    prompts: Prompts = Field(default=("{}",), description="image branch: sentences around a class name")
+
+
 class EvaluateConfig(Settings):
     tasks: tuple[Task, ...] = TASKS
     split: Literal["train", "val"] = "val"
@@ -326,6 +371,7 @@ class EvaluateConfig(Settings):
     overlap_threshold: Fraction = Field(default=0.8, description="panoptic: least visible share of a mask")
     instances: Positive = Field(default=100, description="instance: kept per image")
     max_caption_tokens: Positive = 50
+    zeroshot: ZeroShotConfig = ZeroShotConfig()
     pictures: NonNegative = Field(default=8, description="overlay pictures logged")
 
 

@@ -24,9 +24,10 @@ from schemas.tasks import TASKS, Task
 from schemas.taxonomy import Category, Taxonomy
 from xdecoder.inference import draw, generate, postprocess
 from xdecoder.inference.postprocess import Frame, Instances, PanopticMap
+from xdecoder.inference.zeroshot import ZeroShot
 from xdecoder.model.decoder import Pixels
 from xdecoder.model.files import ModelCard, load_model
-from xdecoder.model.xdecoder import ClassTexts, XDecoder, columns
+from xdecoder.model.xdecoder import XDecoder, columns
 from xdecoder.training.augment import PAD_VALUE
 from xdecoder.training.losses import answer_logits, pack
 
@@ -201,15 +202,22 @@ class Predictor:
         ]
 
     def semantic(
-        self, images: Sequence[Picture], classes: Sequence[str] | Taxonomy | None = None
+        self,
+        images: Sequence[Picture],
+        classes: Sequence[str] | Taxonomy | None = None,
+        *,
+        zeroshot: ZeroShot | None = None,
     ) -> list[SemanticResult]:
-        """Every pixel to one class."""
+        """Every pixel to one class. `zeroshot` tells classes that the training did not know (ZegFormer)."""
         taxonomy = self._taxonomy(classes)
+        handicap = None if zeroshot is None else zeroshot.handicap(self._seen(taxonomy))
         return [
             SemanticResult(
-                image=image, labels=postprocess.semantic(probs, masks, frame), names=taxonomy.names
+                image=image,
+                labels=postprocess.semantic(probs, masks, frame, handicap),
+                names=taxonomy.names,
             )
-            for image, probs, masks, frame in self._segments(images, taxonomy, "semantic")
+            for image, probs, masks, frame in self._segments(images, taxonomy, "semantic", zeroshot)
         ]
 
     def instance(
@@ -328,7 +336,7 @@ class Predictor:
 
     @torch.no_grad()
     def _segments(
-        self, images: Sequence[Picture], taxonomy: Taxonomy, task: Task
+        self, images: Sequence[Picture], taxonomy: Taxonomy, task: Task, zeroshot: ZeroShot | None = None
     ) -> Iterator[tuple[Array, Tensor, Tensor, Frame]]:
         """For each picture: itself, class probabilities [O, K + 1], mask logits [O, h, w], and its frame."""
         classes = self._classes(taxonomy.names)
@@ -336,13 +344,27 @@ class Predictor:
             where = torch.arange(len(arrays), device=self.device)
             final = self.model.ask(pixels, "segmentation", where, self._task(task, len(arrays))).final
             probs, masks = self.model.pairs(final, pixels, where, classes)
+            if zeroshot is not None and self.model.config.output == "masks":
+                logits = self.model.class_logits(final.semantic, classes)
+                views = [_tensor(a, f.valid).to(self.device) for a, f in zip(arrays, frames, strict=True)]
+                probs = torch.stack(
+                    [
+                        zeroshot.probabilities(*one, taxonomy.names, self._seen(taxonomy))
+                        for one in zip(logits, views, masks, frames, strict=True)
+                    ]
+                )
             yield from zip(arrays, probs, masks, frames, strict=True)
+
+    def _seen(self, taxonomy: Taxonomy) -> Tensor:
+        """bool[K], the classes that had masks in the training."""
+        known = set(self.vocabulary.taxonomy.names)
+        return torch.tensor([name in known for name in taxonomy.names], device=self.device)
 
     def _classes(self, names: Sequence[str]) -> Tensor:
         """What `XDecoder.class_logits` takes for these classes."""
         if self.model.config.classes:
             return columns(self.vocabulary.taxonomy.names, names).to(self.device)
-        texts = ClassTexts.of(names, self.model.config.context)
+        texts = self.model.class_texts(names)
         return texts.embed(self.model.text(texts.ids.to(self.device)).sentence)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from schemas.jobs import ModelConfig
 from schemas.tasks import TASKS
 from xdecoder.model.backbone import Backbone
+from xdecoder.model.clip import clip_text
 from xdecoder.model.decoder import Decoder, Outputs, PatternName, Pixels, Prediction, Request
 from xdecoder.model.deformable import DeformablePixelDecoder
 from xdecoder.model.layers import Mlp, matrix
@@ -49,12 +50,19 @@ class XDecoder(nn.Module):
             self.pooled_embed = matrix(self.backbone.channels[-1], config.width)
         if config.text_queries or not config.classes:
             self.log_scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
+        if config.no_object == "learned":
+            bound = config.text_width**-0.5  # length about 0.58 (ZegFormer, 3.1)
+            self.no_object = nn.Parameter(torch.empty(config.text_width).uniform_(-bound, bound))
         if config.task_tokens:
             self.query_text_mlp = Mlp(config.width, 2)
             self.query_text_context = nn.Embedding(config.text_contexts, config.width)
             self.query_text_scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
         prompts = tokenize([task_prompt(task) for task in TASKS], config.context)
         self.register_buffer("task_ids", prompts, persistent=False)
+        if config.text and config.text.clip:
+            self.text.load_state_dict(clip_text(config.text.clip))
+        if config.text and config.text.frozen:
+            self.text.requires_grad_(False)
 
     @property
     def stride(self) -> int:
@@ -106,12 +114,20 @@ class XDecoder(nn.Module):
     def class_logits(self, meaning: Tensor, classes: Tensor) -> Tensor:
         """Meanings of queries float[..., D] -> logits of K classes and of none of them, float[..., K + 1].
 
-        classes    what stands for each of the K + 1: sentences float[K + 1, D] of `ClassTexts`, or in a
-                   model with a closed list int64[K + 1] from `columns`
+        classes    what stands for each of the K + 1: sentences float[K + 1, D] of `class_texts` (K where none
+                   of them is learned), or in a model with a closed list int64[K + 1] from `columns`
         """
         if self.config.classes:
             return meaning.index_select(-1, classes)
+        if self.config.no_object == "learned":  # its length counts, unlike that of a text (ZegFormer, 3.1)
+            none = self.scale() * F.normalize(meaning, dim=-1) @ self.no_object
+            return torch.cat((self.similarity(meaning, classes), none[..., None]), -1)
         return self.similarity(meaning, classes)
+
+    def class_texts(self, names: Sequence[str]) -> "ClassTexts":
+        """The sentences that tell of these classes, and of none of them unless that is learned."""
+        config = self.config
+        return ClassTexts.of(names, config.context, config.prompts, no_object=config.no_object == "text")
 
     def pixel_logits(self, prediction: Prediction, pixels: Pixels, images: Tensor, classes: Tensor) -> Tensor:
         """Per-pixel classification: logits float[R, K, h0, w0] at the stride of the mask features."""
@@ -186,19 +202,30 @@ def columns(known: Sequence[str], wanted: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTexts:
-    """K class names, then `NO_OBJECT`, as token ids int64[n, T]; a name with synonyms takes several rows."""
+    """K class names, then `NO_OBJECT`, as token ids int64[n, T]; a name takes a row for each of its synonyms in
+    each prompt.
+    """
 
     ids: Tensor
     rows: tuple[int, ...]
 
     @classmethod
-    def of(cls, names: Sequence[str], context: int) -> "ClassTexts":
-        """Raises `ValueError` where a class is called as the no-object class is."""
-        groups = [synonyms(name) for name in (*names, NO_OBJECT)]
-        if any(text.casefold() == NO_OBJECT for group in groups[:-1] for text in group):
+    def of(
+        cls,
+        names: Sequence[str],
+        context: int,
+        prompts: Sequence[str] = ("{}",),
+        *,
+        no_object: bool = True,
+    ) -> "ClassTexts":
+        """Without `no_object` the names alone. Raises `ValueError` where a class is called as none of them is."""
+        called = [synonyms(name) for name in names]
+        if no_object and any(text.casefold() == NO_OBJECT for several in called for text in several):
             raise ValueError(
                 f"no class can be called {NO_OBJECT!r}, which means that nothing is there: rename it"
             )
+        every = [*called, (NO_OBJECT,)] if no_object else called
+        groups = [[prompt.format(text) for text in several for prompt in prompts] for several in every]
         ids = tokenize([text for group in groups for text in group], context)
         return cls(ids=ids, rows=tuple(len(group) for group in groups))
 

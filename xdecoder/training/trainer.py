@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from schemas.jobs import LossConfig, ModelConfig, TrainConfig
 from schemas.tasks import Stream
-from xdecoder.model.xdecoder import ClassTexts, XDecoder, columns
+from xdecoder.model.xdecoder import XDecoder, columns
 from xdecoder.prompts import Vocabulary, tokenize
 from xdecoder.tasks import TABLE, BatchMaker, Setting
 from xdecoder.training.batch import Batch, to_device
@@ -48,13 +48,14 @@ class Objective(nn.Module):
     def __init__(self, model: XDecoder, config: LossConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.model, self.config = model, config
-        names, context, closed = vocabulary.taxonomy.names, model.config.context, model.config.classes
+        names, closed = vocabulary.taxonomy.names, model.config.classes
         if closed and closed != len(names):
             raise ValueError(f"model.classes is {closed}, the dataset has {len(names)} classes with masks")
-        self.class_texts = ClassTexts.of(names, context)
+        self.class_texts = model.class_texts(names)
         self.register_buffer("class_ids", self.class_texts.ids, persistent=False)
         self.register_buffer("class_columns", columns(names, names), persistent=False)
-        self.register_buffer("answer_ids", tokenize(vocabulary.answers, context), persistent=False)
+        answers = tokenize(vocabulary.answers, model.config.context)
+        self.register_buffer("answer_ids", answers, persistent=False)
 
     def forward(self, batches: tuple[Batch, ...]) -> dict[str, Tensor]:
         model = self.model
