@@ -466,6 +466,24 @@ class PretrainJob(Job):
                     f"{what}.tasks: this model (model.output {self.model.output!r}, "
                     f"{'' if self.model.text_queries else 'no '}text queries) cannot do {beyond}"
                 )
+        if self.train.loss.matching == "fixed" and self.model.classes > self.model.latents:
+            raise ValueError(
+                f"train.loss.matching=fixed needs a latent for each of model.classes {self.model.classes}, "
+                f"there are {self.model.latents}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _branch_has_an_encoder(self) -> "PretrainJob":
+        zeroshot = self.evaluate.zeroshot
+        if zeroshot.regions == "off":
+            return self
+        if self.model.output != "masks" or self.model.classes:
+            raise ValueError("evaluate.zeroshot.regions needs model.output masks and classes told by names")
+        if not zeroshot.encoder and not self.model.text_queries:
+            raise ValueError(
+                "evaluate.zeroshot.encoder: this model has no image embedding of its own; name a CLIP"
+            )
         return self
 
 

@@ -16,7 +16,7 @@ from schemas.jobs import ModelConfig, OptimConfig, PretrainJob, TextConfig, load
 from xdecoder.model.files import unfetched
 from xdecoder.model.xdecoder import XDecoder
 from xdecoder.training.losses import total
-from xdecoder.training.trainer import Trainer
+from xdecoder.training.trainer import Objective, Trainer
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 # OneFormer's text mapper, dropped at inference (OneFormer, 1.5), and our parts for captions and retrieval
@@ -87,17 +87,14 @@ def small_text(text: TextConfig) -> TextConfig:
     return MODEL.text.model_copy(update={"width": 48 if text.width else 0, "frozen": text.frozen})
 
 
-def small(name: str) -> Trainer:
-    """The recipe's parts, losses and tasks on tiny samples."""
-    job = recipe(name)
-    model, loss = job.model, job.train.loss
-    count = len(VOCABULARY.taxonomy.names)
+def small_model(job: PretrainJob, **changes: Any) -> ModelConfig:
+    """The recipe's parts, tiny."""
+    model = job.model
     size: dict[str, Any] = {
         "width": 32,
         "heads": 2,
         "ffn": 64,
-        "latents": count if model.output == "latents" else 8,
-        "classes": min(model.classes, count),
+        "latents": 8,
         "decoder_layers": min(model.decoder_layers, 2),
         "encoder_layers": min(model.encoder_layers, 1),
         "init_layers": 1,
@@ -105,14 +102,21 @@ def small(name: str) -> Trainer:
         "backbone": MODEL.backbone,
         "text": model.text and small_text(model.text),
     }
-    tiny = ModelConfig.model_validate(model.model_dump() | size)
+    return ModelConfig.model_validate(model.model_dump() | size | changes)
+
+
+def small(name: str) -> Trainer:
+    """The recipe's parts, losses and tasks on tiny samples."""
+    job, count = recipe(name), len(VOCABULARY.taxonomy.names)
+    closed = {"classes": count} if job.model.classes else {}
+    of_classes = {"latents": count} if job.model.output == "latents" else {}
     config = train_config(
         tasks=job.train.tasks,
         task_sampling=job.train.task_sampling,
-        loss=loss.model_copy(update={"points": min(loss.points, 256)}),
+        loss=job.train.loss.model_copy(update={"points": min(job.train.loss.points, 256)}),
         optim=OptimConfig(lr=3e-3, backbone_scale=1, text_scale=1, warmup_steps=0, schedule="constant"),
     )
-    return Trainer(tiny, config, VOCABULARY)
+    return Trainer(small_model(job, **closed, **of_classes), config, VOCABULARY)
 
 
 # What no term of a recipe reaches: parts for phrases and captions where only masks are trained, the latents'
@@ -147,3 +151,17 @@ def test_a_recipe_learns(name: str) -> None:
     taught = {n: p.grad for n, p in of.model.named_parameters() if p.requires_grad}
     still = {name for name, gradient in taught.items() if gradient is None or not gradient.any()}
     assert still == IDLE.get(name, set())
+
+
+@pytest.mark.parametrize("name", ["mask2former", "maskformer", "per_pixel"])
+def test_a_recipe_trains_in_half_precision(name: str) -> None:
+    of = small(name)
+    of.config = of.config.model_copy(update={"precision": "bf16"})
+    batches = tuple(next(endless(of.make_batch(s), samples()))[0] for s in of.streams)
+    assert torch.isfinite(torch.tensor(list(of.train_step(batches).values()))).all()
+
+
+def test_a_closed_classifier_has_a_column_for_each_class_of_the_data() -> None:
+    job = recipe("mask2former")
+    with pytest.raises(ValueError, match="model.classes is 133, the dataset has 5 classes with masks"):
+        Objective(XDecoder(unfetched(small_model(job))), job.train.loss, VOCABULARY)

@@ -31,7 +31,8 @@ class Size:
     weights_bytes      of a GPU: weights, gradients and AdamW's state
     activations_bytes  of a GPU: what is kept for the gradient of its share of the pictures, a request each.
                        An upper estimate: in float32 and with attention written out (on CPU in float32 1.2 to
-                       1.4 times what PyTorch keeps of three recipes at 256 pixels); losses and words add to it
+                       1.4 times what PyTorch keeps of three recipes at 256 pixels); losses and words add
+                       to it
     """
 
     parameters: dict[str, int]
