@@ -202,8 +202,8 @@ def columns(known: Sequence[str], wanted: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTexts:
-    """K class names, then `NO_OBJECT`, as token ids int64[n, T]; a name takes a row for each of its synonyms in
-    each prompt.
+    """K class names, then `NO_OBJECT`, as token ids int64[n, T]; a name takes a row for each of its synonyms
+    in each prompt.
     """
 
     ids: Tensor
@@ -218,7 +218,7 @@ class ClassTexts:
         *,
         no_object: bool = True,
     ) -> "ClassTexts":
-        """Without `no_object` the names alone. Raises `ValueError` where a class is called as none of them is."""
+        """Without `no_object` the names alone, else `ValueError` where a class is called as no object is."""
         called = [synonyms(name) for name in names]
         if no_object and any(text.casefold() == NO_OBJECT for several in called for text in several):
             raise ValueError(
