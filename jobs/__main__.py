@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from jobs import cluster, console, dispatch, store
-from schemas.jobs import AnyJob, load
+from schemas.jobs import AnyJob, PretrainJob, load
 from schemas.tasks import TASKS
 
 Commands = Any  # argparse does not name the type of its subparsers
@@ -45,7 +45,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.file}: no such job file; other commands are {list(COMMANDS[1:])}")
     job = load(arguments.file, arguments.overrides)
     if arguments.dry_run:
-        console.say(_resolved(job))
+        console.say("\n".join([_resolved(job), *_size(job)]))
         return 0
     outcome = dispatch.run(job, store.resolve(job.store), str(arguments.file))
     console.report(outcome, as_json=arguments.json)
@@ -154,6 +154,15 @@ def _resolved(job: AnyJob) -> str:
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, default_flow_style=None).rstrip()
 
 
+def _size(job: AnyJob) -> list[str]:
+    """What a training would need, as comments behind its file; other jobs make no model."""
+    if not isinstance(job, PretrainJob):
+        return []
+    from xdecoder.model import size
+
+    return size.lines(size.measure(job.model, job.train))
+
+
 COMMANDS = ("run", "demo", "datasets", "models", "predict", "import", "story")
 
 
@@ -169,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "run", _run, "run a job file; the word 'run' may be left out")
     command.add_argument("file", type=Path)
     command.add_argument("overrides", nargs="*", metavar="a.b=value")
-    command.add_argument("--dry-run", action="store_true", help="print the resolved file and stop")
+    command.add_argument("--dry-run", action="store_true", help="print the resolved file and its size")
 
     command = _command(commands, "demo", _demo, "write the demo corpora in their public formats")
     command.add_argument("folder", type=Path, metavar="DIR")

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from schemas.tasks import TASKS, Task
 
@@ -20,6 +28,15 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
+def _one_place(prompt: str) -> str:
+    if prompt.count("{}") != 1 or "{" in prompt.replace("{}", ""):
+        raise ValueError(f"prompt {prompt!r} must hold {{}} once, for the name of a class")
+    return prompt
+
+
+Prompts = Annotated[tuple[Annotated[str, AfterValidator(_one_place)], ...], Field(min_length=1)]
+
+
 class Settings(BaseModel):
     """Base of all sections: frozen, unknown keys refused, no NaN or infinity."""
 
@@ -27,6 +44,11 @@ class Settings(BaseModel):
 
 
 # ------------------------------------------------------------------------------------------- the model
+
+
+# X-Decoder says "background", which microscopy and many other corpora have as a class: two classes of one
+# text share every probability.
+NO_OBJECT = "no object"
 
 
 class BackboneConfig(Settings):
@@ -44,14 +66,21 @@ class BackboneConfig(Settings):
 
 
 class TextConfig(Settings):
-    """The causal text encoder; its width is the model's."""
+    """The causal text encoder (CLIP's)."""
 
+    width: NonNegative = Field(
+        default=0, description="0 is the model's; with another, texts name classes but are no queries"
+    )
     layers: Positive = 12
     heads: Positive = 8
     context: Positive = Field(default=77, description="the longest text, in tokens, with start and end")
     norm_eps: float = Field(
         default=1e-5, gt=0, description="of the text encoder's norms; X-Decoder's weights know 1e-12"
     )
+    clip: str = Field(
+        default="", description="open_clip MODEL/TAG to start from, e.g. ViT-B-16-quickgelu/openai; downloads"
+    )
+    frozen: bool = Field(default=False, description="keep the weights as they start (ZegFormer)")
 
 
 class QuirksConfig(Settings):
@@ -86,9 +115,19 @@ class ModelConfig(Settings):
     width: Positive = 512
     heads: Positive = 8
     ffn: Positive = 2048
-    decoder_layers: Positive = 9
+    decoder_layers: NonNegative = 9
+    decoder_levels: Annotated[int, Field(ge=1, le=3)] = Field(
+        default=3, description="coarsest maps that the decoder's layers look at in turn (MaskFormer: 1)"
+    )
+    masked_attention: bool = Field(
+        default=True, description="a latent looks inside its own mask alone (Mask2Former)"
+    )
+    pixel_decoder: Literal["fpn", "deformable"] = Field(
+        default="fpn",
+        description="fpn (MaskFormer, X-Decoder), or deformable (Mask2Former, OneFormer)",
+    )
     encoder_layers: NonNegative = Field(
-        default=6, description="transformer layers of the pixel decoder, coarsest map"
+        default=6, description="transformer layers of the pixel decoder: coarsest map, or the three coarsest"
     )
     latents: Positive = Field(default=100, description="object queries; the image query comes on top")
     task_tokens: bool = Field(
@@ -102,19 +141,64 @@ class ModelConfig(Settings):
     text_contexts: NonNegative = Field(
         default=16, description="learnable vectors in the query-text list (OneFormer N_ctx)"
     )
+    classes: NonNegative = Field(
+        default=0, description="0 names classes by their texts; else a closed linear classifier of so many"
+    )
+    prompts: Prompts = Field(
+        default=("{}",), description="sentences around a class name; the meanings of all are averaged"
+    )
+    no_object: str | None = Field(
+        default=NO_OBJECT, description="the words that mean no object; null is a learned vector (ZegFormer)"
+    )
+    output: Literal["masks", "pixels", "latents"] = Field(
+        default="masks",
+        description="(class, mask) pairs; or every pixel's class, by its features or by a latent a class",
+    )
     backbone: BackboneConfig = BackboneConfig()
-    text: TextConfig = TextConfig()
+    text: TextConfig | None = Field(
+        default=TextConfig(), description="null: the model knows no words; needs classes"
+    )
     quirks: QuirksConfig = QuirksConfig()
+
+    @property
+    def context(self) -> int:
+        """The longest text in tokens; start and end alone without a text encoder."""
+        return self.text.context if self.text else 2
+
+    @property
+    def text_width(self) -> int:
+        """Of a sentence's meaning; 0 without a text encoder."""
+        return (self.text.width or self.width) if self.text else 0
+
+    @property
+    def text_queries(self) -> bool:
+        """Whether words can be queries: phrases, captions, questions and the tasks that need them."""
+        return self.text_width == self.width
 
     @model_validator(mode="after")
     def _divisible(self) -> "ModelConfig":
-        for what, heads in (("heads", self.heads), ("text.heads", self.text.heads)):
-            if self.width % heads:
-                raise ValueError(f"width {self.width} cannot be divided by {what} {heads}")
+        pairs = [("heads", self.width, self.heads)]
+        if self.text:
+            pairs.append(("text.heads", self.text_width, self.text.heads))
+        for what, width, heads in pairs:
+            if width % heads:
+                raise ValueError(f"width {width} cannot be divided by {what} {heads}")
         if self.width % 32:
             raise ValueError(f"width {self.width} must be a multiple of 32 (groups of the normalisation)")
         if self.text_contexts > self.latents:
             raise ValueError(f"text_contexts {self.text_contexts} exceeds latents {self.latents}")
+        return self
+
+    @model_validator(mode="after")
+    def _words_where_they_are_needed(self) -> "ModelConfig":
+        if self.text is None and not self.classes:
+            raise ValueError("text: null needs classes: nothing else could name a class")
+        if self.task_tokens and not self.text_queries:
+            raise ValueError("task_tokens needs a text encoder of the model's width; set task_tokens: false")
+        if self.no_object is None and self.classes:
+            raise ValueError("a learned no_object goes with class names; a closed classifier has its own")
+        if self.output == "latents" and self.classes != self.latents:
+            raise ValueError(f"output latents needs classes = latents, not {self.classes} and {self.latents}")
         return self
 
 
@@ -128,6 +212,9 @@ class LossConfig(Settings):
         description="names of the true regions by their looks alone; needs model.mask_pooling",
     )
     mask_bce: float = Field(default=5.0, ge=0)
+    mask_focal: float = Field(
+        default=0.0, ge=0, description="sigmoid focal loss in the place of mask_bce (MaskFormer: 20)"
+    )
     mask_dice: float = Field(default=5.0, ge=0)
     query_text: float = Field(default=0.5, ge=0)
     grounding_ce: float = Field(default=0.4, ge=0)
@@ -141,8 +228,14 @@ class LossConfig(Settings):
         default=False,
         description="phrases of a picture with equal words share their targets and are read once (X-Decoder)",
     )
+    pixel_ce: float = Field(default=1.0, ge=0, description="per-pixel classification (model.output)")
     no_object: Fraction = Field(default=0.1, description="weight of the background column in the class loss")
-    points: Positive = Field(default=12544, description="points sampled on each mask")
+    matching: Literal["bipartite", "fixed"] = Field(
+        default="bipartite", description="fixed: latent i answers for class i (MaskFormer, semantic alone)"
+    )
+    points: NonNegative = Field(
+        default=12544, description="points sampled on each mask; 0 is every pixel (MaskFormer)"
+    )
     oversample: float = Field(default=3.0, ge=1)
     importance: Fraction = 0.75
     top_layers: Positive = Field(
@@ -154,6 +247,17 @@ class LossConfig(Settings):
     class_layers: NonNegative = Field(
         default=0, description="class_ce: on this many last predictions; 0 is all of them, as in the papers"
     )
+
+    @model_validator(mode="after")
+    def _one_pixelwise_loss(self) -> "LossConfig":
+        if self.mask_bce and self.mask_focal:
+            raise ValueError("mask_bce and mask_focal are alternatives: set the weight of one to 0")
+        return self
+
+    @property
+    def pixelwise(self) -> Literal["bce", "focal"]:
+        """Which of the two alternatives masks are matched and taught by."""
+        return "focal" if self.mask_focal else "bce"
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -273,6 +377,8 @@ class TrainConfig(Settings):
             if getattr(self.batch, what) % self.num_workers:
                 size = getattr(self.batch, what)
                 raise ValueError(f"batch.{what} {size} cannot be divided by {self.num_workers} workers")
+        if self.loss.matching == "fixed" and {"instance", "panoptic"} & set(self.tasks):
+            raise ValueError("loss.matching=fixed has one latent a class: leave instance and panoptic out")
         if abs(sum(self.task_sampling) - 1) > 1e-6:
             raise ValueError(f"task_sampling {self.task_sampling} must sum to 1")
         return self
@@ -294,6 +400,22 @@ class CaptionConfig(Settings):
     )
 
 
+class ZeroShotConfig(Settings):
+    """How classes without a mask in training are told (ZegFormer), where the taxonomy has such."""
+
+    gamma: Fraction = Field(
+        default=0.0, description="calibration: taken from the scores of seen classes (ZegFormer: 0.1)"
+    )
+    regions: Literal["off", "crop", "mask", "cropmask"] = Field(
+        default="off", description="image branch: what of a region its encoder sees"
+    )
+    encoder: str = Field(
+        default="", description="image branch: open_clip MODEL/TAG; empty is the model's own image embedding"
+    )
+    weight: Fraction = Field(default=2 / 3, description="lambda of the ensemble with the image branch")
+    prompts: Prompts = Field(default=("{}",), description="image branch: sentences around a class name")
+
+
 class EvaluateConfig(Settings):
     tasks: tuple[Task, ...] = TASKS
     split: Literal["train", "val"] = "val"
@@ -307,6 +429,7 @@ class EvaluateConfig(Settings):
     instances: Positive = Field(default=100, description="instance: kept per image")
     max_caption_tokens: Positive = 50
     caption: CaptionConfig = CaptionConfig()
+    zeroshot: ZeroShotConfig = ZeroShotConfig()
     pictures: NonNegative = Field(default=8, description="overlay pictures logged")
 
 
@@ -385,6 +508,40 @@ class PretrainJob(Job):
     def _regions_need_pooling(self) -> "PretrainJob":
         if self.train.loss.region_ce and not self.model.mask_pooling:
             raise ValueError("train.loss.region_ce needs model.mask_pooling=true")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_fit_the_model(self) -> "PretrainJob":
+        able: tuple[Task, ...] = TASKS
+        if not self.model.text_queries:
+            able = ("semantic", "instance", "panoptic")
+        if self.model.output != "masks":
+            able = ("semantic",)
+        for what, tasks in (("train", self.train.tasks), ("evaluate", self.evaluate.tasks)):
+            beyond = sorted(set(tasks) - set(able))
+            if beyond:
+                raise ValueError(
+                    f"{what}.tasks: this model (model.output {self.model.output!r}, "
+                    f"{'' if self.model.text_queries else 'no '}text queries) cannot do {beyond}"
+                )
+        if self.train.loss.matching == "fixed" and self.model.classes > self.model.latents:
+            raise ValueError(
+                f"train.loss.matching=fixed needs a latent for each of model.classes {self.model.classes}, "
+                f"there are {self.model.latents}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _branch_has_an_encoder(self) -> "PretrainJob":
+        zeroshot = self.evaluate.zeroshot
+        if zeroshot.regions == "off":
+            return self
+        if self.model.output != "masks" or self.model.classes:
+            raise ValueError("evaluate.zeroshot.regions needs model.output masks and classes told by names")
+        if not zeroshot.encoder and not self.model.text_queries:
+            raise ValueError(
+                "evaluate.zeroshot.encoder: this model has no image embedding of its own; name a CLIP"
+            )
         return self
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from jobs.__main__ import main
-from schemas.jobs import DemoConfig
+from schemas.jobs import DemoConfig, load
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ROOT / "jobs"
@@ -78,6 +78,11 @@ def test_a_dry_run_prints_the_resolved_file(home: Path, capsys: pytest.CaptureFi
     assert main([str(JOBS / "pretrain.yaml"), "train.steps=5", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "steps: 5" in printed and "weight_decay: 0.05" in printed
+    path = home.parent / "resolved.yaml"
+    path.write_text(printed, encoding="utf-8")
+    assert load(path) == load(JOBS / "pretrain.yaml", ["train.steps=5"])
+    for figure in ("# parameters: ", "# multiply-adds: ", "# memory of a GPU, estimated: "):
+        assert figure in printed
     assert not home.exists()
 
 

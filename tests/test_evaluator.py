@@ -108,6 +108,25 @@ def test_samples_without_the_annotation_are_passed_over() -> None:
     assert run(0, mixed, config).value("semantic", "mIoU").examples == 2
 
 
+def test_a_closed_model_without_words_sits_the_exams_of_masks() -> None:
+    """Also where the taxonomy has classes that its classifier has no column for."""
+    green = tuple(c for c in TAXONOMY.categories if c.name == "green square")
+    known = TAXONOMY.model_copy(
+        update={"categories": tuple(c for c in TAXONOMY.categories if c not in green)}
+    )
+    unseen = tuple(c.model_copy(update={"seen": c not in green}) for c in TAXONOMY.categories)
+    tasks: tuple[Task, ...] = ("semantic", "instance", "panoptic")
+    of = model(classes=len(known.names), task_tokens=False, text=None)
+    predictor = Predictor(of, CARD.model_copy(update={"model": of.config, "taxonomy": known}))
+    config = CONFIG.model_copy(update={"tasks": tasks})
+    taxonomy = TAXONOMY.model_copy(update={"categories": unseen})
+    evaluation = evaluate(predictor, read(samples(4)), config, taxonomy, lambda *progress: None)
+    assert {r.task for r in evaluation.results} == set(tasks)
+    assert not any("GZS3" in r.metric for r in evaluation.results)
+    with pytest.raises(ValueError, match="closed"):
+        predictor.semantic([samples(1)[0].image], ["lava"])
+
+
 def test_unseen_classes_are_void_in_the_main_scores_and_reported_on_their_own() -> None:
     categories = tuple(c.model_copy(update={"seen": c.name != "green square"}) for c in TAXONOMY.categories)
     taxonomy = TAXONOMY.model_copy(update={"categories": categories})

@@ -1,6 +1,7 @@
 """Laws of the model as a graph and in half precision: it says what the model says."""
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,11 @@ def batch(count: int) -> tuple[Tensor, Tensor]:
     return torch.rand(count, 3, *SIZE, generator=torch.Generator().manual_seed(count)), padding
 
 
-@pytest.mark.parametrize("changes", [{}, {"task_tokens": False, "mask_pooling": False}])
-def test_the_exported_graph_says_what_the_model_says(changes: dict[str, bool]) -> None:
+CLOSED = {"text": None, "task_tokens": False, "classes": len(CLASSES)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"task_tokens": False, "mask_pooling": False}, CLOSED])
+def test_the_exported_graph_says_what_the_model_says(changes: dict[str, Any]) -> None:
     of = model(**changes).requires_grad_(False)
     file = io.BytesIO()
     torch.export.save(export_segmentation(of, CLASSES, SIZE), file)
@@ -33,6 +37,11 @@ def test_the_exported_graph_says_what_the_model_says(changes: dict[str, bool]) -
         ):
             assert said.shape[0] == count
             torch.testing.assert_close(said, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_closed_class_list_cannot_be_exchanged() -> None:
+    with pytest.raises(ValueError, match="closed"):
+        FixedClasses(model(**CLOSED), CLASSES[:2])
 
 
 def test_a_graph_is_made_for_a_task_and_its_classes() -> None:

@@ -48,6 +48,11 @@ def test_the_four_jobs_speak_of_the_same_dataset_model_and_measurement() -> None
         ("model.heads=7", "cannot be divided by heads 7"),
         ("model.width=[1]", "model.width"),
         ("model.mask_pooling=false", "region_ce needs model.mask_pooling=true"),
+        ("train.loss.mask_focal=20", "mask_bce and mask_focal are alternatives"),
+        ("train.loss.matching=fixed", "leave instance and panoptic out"),
+        ("model.output=pixels", "train.tasks: this model (model.output 'pixels'"),
+        ("model.text=null", "text: null needs classes"),
+        ("model.prompts=[a photo]", "must hold {} once"),
         ("kind=pretrian", "did you mean 'pretrain'?"),
         ("name=a/b", "name: String should match pattern"),
         ("train.steps", "write it as a.b=value"),
@@ -58,6 +63,29 @@ def test_the_four_jobs_speak_of_the_same_dataset_model_and_measurement() -> None
 def test_wrong_values_are_refused_with_their_place(override: str, says: str) -> None:
     with pytest.raises(JobFileError) as refused:
         load(PRETRAIN, [override])
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "says"),
+    [
+        ("zegformer", ["evaluate.zeroshot.encoder=''"], "no image embedding of its own; name a CLIP"),
+        (
+            "per_pixel",
+            ["evaluate.zeroshot.regions=crop"],
+            "needs model.output masks and classes told by names",
+        ),
+        ("maskformer_swin_l", ["train.loss.matching=fixed"], "a latent for each of model.classes 150"),
+        ("mask2former", ["train.tasks=[panoptic, referring]"], "cannot do ['referring']"),
+        ("zegformer", ["evaluate.tasks=[captioning]"], "cannot do ['captioning']"),
+        ("per_pixel", ["train.tasks=[panoptic]"], "cannot do ['panoptic']"),
+    ],
+)
+def test_what_the_parts_of_a_recipe_cannot_do_is_refused(
+    recipe: str, overrides: list[str], says: str
+) -> None:
+    with pytest.raises(JobFileError) as refused:
+        load(ROOT / "jobs" / "recipes" / f"{recipe}.yaml", overrides)
     assert says in str(refused.value)
 
 

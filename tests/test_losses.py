@@ -148,6 +148,58 @@ def test_mask_losses_equal_their_formulas() -> None:
     assert dice.item() == pytest.approx(expected_dice / 3, rel=1e-4)
 
 
+def test_focal_and_dice_on_whole_masks_equal_their_formulas() -> None:
+    """MaskFormer, 2.2: predictions resized to the truth, every pixel counts, no random number is drawn."""
+    logits, truth = 3 * noise(2, 1, 3, 4, 4), (noise(1, 2, 8, 8, seed=1) > 0).float()
+    pairs = [pair([2, 0], [0, 1]), pair([1], [0])]
+    state = torch.get_rng_state()
+    focal, dice = losses.mask_losses(logits, truth, pairs, LossConfig(points=0), "focal")
+    assert torch.equal(state, torch.get_rng_state())
+    expected_focal = expected_dice = 0.0
+    for layer, query, target in ((0, 2, 0), (0, 0, 1), (1, 1, 0)):
+        large = F.interpolate(logits[layer, :, query : query + 1], size=(8, 8), mode="bilinear")
+        p, t = large.double().sigmoid().flatten(), truth[0, target].flatten()
+        right = torch.where(t == 1, p, 1 - p)
+        share = torch.where(t == 1, 0.25, 0.75)
+        expected_focal += float((-share * (1 - right) ** 2 * right.log()).mean())
+        expected_dice += float(1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1))
+    assert focal.item() == pytest.approx(expected_focal, abs=1e-6)  # one mask in the last prediction
+    assert dice.item() == pytest.approx(expected_dice, abs=1e-6)
+
+
+def test_cross_entropy_on_whole_masks_equals_its_formula() -> None:
+    logits, truth = 3 * noise(1, 1, 2, 8, 8), (noise(1, 1, 8, 8, seed=1) > 0).float()
+    bce, _ = losses.mask_losses(logits, truth, [pair([1], [0])], LossConfig(points=0))
+    p, t = logits[0, 0, 1].double().sigmoid(), truth[0, 0]
+    assert bce.item() == pytest.approx(float(-(t * p.log() + (1 - t) * (1 - p).log()).mean()), abs=1e-6)
+
+
+def test_the_two_pixelwise_losses_are_alternatives() -> None:
+    with pytest.raises(ValueError, match="set the weight of one to 0"):
+        LossConfig(mask_focal=20)
+    of, batch = model(), batch_of("semantic")
+    terms = terms_of(of, batch, mask_bce=0, mask_focal=20, mask_dice=1, points=0)
+    assert set(terms) == {"class_ce", "region_ce", "mask_focal", "mask_dice", "query_text"}
+    config = LossConfig(mask_bce=0, mask_focal=20, mask_dice=1, region_ce=1)
+    assert losses.total(terms, config).isfinite()
+
+
+def test_fixed_matching_teaches_each_latent_its_class() -> None:
+    of, batch = model(), batch_of("semantic")
+    (work,) = batch.works
+    assert isinstance(work.targets, MaskTargets)
+    scene = scene_of(of, batch)
+    predictions = of.ask(scene.pixels, "segmentation", work.images, losses._tasks(scene, work)).predictions
+    logits = of.similarity(torch.stack([p.semantic for p in predictions]), scene.classes)
+    wanted = torch.full(logits.shape[1:3], 5)
+    for row, count in enumerate(work.targets.counts):
+        present = work.targets.labels[row, :count]
+        wanted[row, present] = present
+    weight = torch.tensor([1, 1, 1, 1, 1, 0.1])
+    expected = sum(F.cross_entropy(layer.flatten(0, 1), wanted.flatten(), weight) for layer in logits)
+    torch.testing.assert_close(terms_of(of, batch, matching="fixed")["class_ce"], expected)
+
+
 def test_points_are_drawn_where_the_mask_is_unsure() -> None:
     logits = 3 * noise(2, 1, 8, 8)
     torch.manual_seed(5)
@@ -217,6 +269,30 @@ def test_query_text_scale_is_bounded() -> None:
     queries, texts = noise(3, 5, 4), noise(3, 5, 4, seed=1)
     one, other = (losses.query_text_loss(queries, texts, torch.tensor(x)) for x in (4.7, 9.0))
     torch.testing.assert_close(one, other)
+
+
+# -------------------------------------------------------------------------------- every pixel
+
+
+def test_the_label_map_is_void_where_no_mask_lies() -> None:
+    masks = torch.zeros(2, 2, 2, 3)
+    masks[0, 0, 0], masks[0, 1, 1, :2] = 1, 1
+    targets = MaskTargets(masks=masks, labels=torch.tensor([[4, 0], [-1, -1]]), counts=(2, 0), texts=masks)
+    assert losses.label_map(targets).tolist() == [[[4, 4, 4], [0, 0, -1]], [[-1] * 3] * 2]
+    nothing = MaskTargets(masks=masks[:, :0], labels=masks[:, :0, 0, 0].long(), counts=(0, 0), texts=masks)
+    assert losses.label_map(nothing).tolist() == [[[-1] * 3] * 2] * 2
+
+
+def test_pixel_loss_equals_its_formula() -> None:
+    logits = noise(2, 3, 2, 2).requires_grad_()
+    truth = torch.randint(-1, 3, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    large = F.interpolate(logits, size=(4, 4), mode="bilinear").double()
+    places = (truth >= 0).nonzero().tolist()
+    expected = [-float(large[r, :, y, x].log_softmax(0)[truth[r, y, x]].detach()) for r, y, x in places]
+    assert losses.pixel_loss(logits, truth).item() == pytest.approx(np.mean(expected), abs=1e-6)
+    void = losses.pixel_loss(logits, torch.full_like(truth, -1))
+    void.backward()
+    assert void.item() == 0 and logits.grad is not None and not logits.grad.any()
 
 
 # -------------------------------------------------------------------------------- phrases and captions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xdecoder.training.matcher import assign, mask_costs, match, sample_points
+from xdecoder.training.matcher import assign, mask_costs, match, match_fixed, sample_points
 
 
 def cost_of(matrix: Tensor, pair: tuple[np.ndarray, np.ndarray]) -> float:
@@ -111,3 +111,37 @@ def test_no_targets_and_no_pairs() -> None:
         torch.zeros(2, 1, 3, 0), torch.zeros(2, 1, 3, 8, 8), torch.zeros(1, 0, 8, 8), [0], (2, 5, 5), 16
     )
     assert [len(queries) for queries, _ in pairs] == [0, 0]
+
+
+def test_focal_costs_equal_their_formula() -> None:
+    """MaskFormer, 2.2: 1/P [a (1 - p)^2 (-log p) t + (1 - a) p^2 (-log(1 - p)) (1 - t)]."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 3, 50, generator=generator).double()
+    truth = torch.rand(2, 4, 50, generator=generator).double()
+    focal, dice = mask_costs(logits, truth, "focal")
+    torch.testing.assert_close(dice, mask_costs(logits, truth)[1])
+    for n, o, m in itertools.product(range(2), range(3), range(4)):
+        p, t = logits[n, o].sigmoid(), truth[n, m]
+        inside, outside = 0.25 * (1 - p) ** 2 * -p.log(), 0.75 * p**2 * -(1 - p).log()
+        torch.testing.assert_close(focal[n, o, m], (inside * t + outside * (1 - t)).mean(), atol=1e-9, rtol=0)
+
+
+def test_whole_masks_are_matched_at_the_size_of_the_prediction() -> None:
+    """Without points: the truth is resized by nearest, and no random number is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 1, 5, 4, 4, generator=generator)
+    truth = (torch.rand(1, 3, 8, 8, generator=generator) > 0.5).float()
+    state = torch.get_rng_state()
+    pairs = match(torch.zeros(2, 1, 5, 3), logits, truth, [3], (1, 20, 1), 0, "focal")
+    assert torch.equal(state, torch.get_rng_state())
+    for layer, pair in enumerate(pairs):
+        focal, dice = mask_costs(logits[layer].flatten(2), truth[..., ::2, ::2].flatten(2), "focal")
+        costs = 20 * focal[0] + dice[0]
+        assert cost_of(costs, pair) == pytest.approx(least(costs), abs=1e-5)
+
+
+def test_fixed_matching_gives_each_class_its_own_latent() -> None:
+    pairs = match_fixed(torch.tensor([[4, 0], [2, -1]]), [2, 1], latents=5, layers=3)
+    assert [(q.tolist(), t.tolist()) for q, t in pairs] == [([4, 0], [0, 1]), ([2], [0])] * 3
+    with pytest.raises(ValueError, match="class 4, 4 latents"):
+        match_fixed(torch.tensor([[4]]), [1], latents=4, layers=1)

@@ -1,16 +1,19 @@
 """Laws of the model around the decoder: what it accepts, similarity, class texts, padding, captions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tiny import MODEL, model
 from torch.nn import functional as F
 
-from schemas.jobs import BackboneConfig
+from schemas.jobs import BackboneConfig, ModelConfig, TextConfig
 from schemas.tasks import TASKS
+from xdecoder.inference import postprocess
 from xdecoder.inference.generate import greedy
 from xdecoder.model.layers import sine_positions
-from xdecoder.model.xdecoder import MAX_SCALE, ClassTexts, XDecoder
+from xdecoder.model.xdecoder import MAX_SCALE, ClassTexts, XDecoder, columns
 from xdecoder.prompts import END, START, tokenize
 
 
@@ -113,3 +116,113 @@ def test_a_caption_never_outgrows_the_context(tiny: XDecoder) -> None:
     task = tiny.text(tiny.task_ids).sentence[:1]
     (caption,) = greedy(tiny, pixels, torch.tensor([0]), task, 1000)
     assert tokenize([caption], 1000).shape[1] <= MODEL.text.context + 1
+
+
+# ------------------------------------------------------------------------------- settings of the recipes
+
+
+def test_a_closed_classifier_is_a_linear_layer_and_its_columns_can_be_chosen() -> None:
+    of = model(classes=5).requires_grad_(False)
+    known = ["a", "b", "c", "d", "e"]
+    queries = torch.rand(2, 3, MODEL.width)
+    logits = of.class_logits(of.decoder.class_embed(queries), columns(known, ["d", "b"]))
+    weight, bias = of.decoder.class_embed.weight, of.decoder.class_embed.bias
+    torch.testing.assert_close(logits, queries @ weight[[3, 1, 5]].T + bias[[3, 1, 5]])
+    with pytest.raises(ValueError, match=r"closed.*does not know \['f'\]"):
+        columns(known, ["a", "f"])
+
+
+def test_a_model_that_knows_no_words_has_no_parts_for_them() -> None:
+    of = model(classes=5, task_tokens=False, text=None).requires_grad_(False)
+    whole = model(classes=5, task_tokens=False)
+    assert sum(p.numel() for p in of.parameters()) < sum(p.numel() for p in whole.parameters()) - 49408 * 32
+    assert not any("text" in name or "caption" in name for name, _ in of.named_parameters())
+    pixels = of.encode(torch.rand(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool))
+    tasks = of.text(of.task_ids).sentence[:1]
+    final = of.ask(pixels, "segmentation", torch.tensor([0]), tasks).final
+    assert of.class_logits(final.semantic, torch.arange(6)).shape == (1, MODEL.latents, 6)
+    with pytest.raises(ValueError, match="model.text is null"):
+        of.encode_texts(["a dog"])
+
+
+def test_class_names_may_be_told_in_a_width_of_their_own() -> None:
+    text = TextConfig(width=48, layers=1, heads=2, context=20)
+    of = model(task_tokens=False, text=text).requires_grad_(False)
+    pixels = of.encode(torch.rand(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool))
+    texts = ClassTexts.of(["dog", "cat"], 20)
+    sentences = of.text(texts.ids).sentence
+    final = of.ask(pixels, "segmentation", torch.tensor([0]), sentences[:1]).final
+    assert sentences.shape[1] == 48
+    assert of.class_logits(final.semantic, texts.embed(sentences)).shape == (1, MODEL.latents, 3)
+
+
+def test_plain_attention_looks_at_the_coarsest_map_as_a_whole() -> None:
+    """MaskFormer: what the finer levels hold, and where the masks lie, changes no query."""
+    changes = {"masked_attention": False, "decoder_levels": 1, "task_tokens": False, "mask_pooling": False}
+    of = model(**changes).requires_grad_(False)
+    pixels = of.encode(torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool))
+    tasks, rows = of.text(of.task_ids).sentence[:1], torch.tensor([0])
+    masks = [replace(level, mask_features=-level.mask_features) for level in pixels.levels]
+    blind = replace(pixels, levels=(masks[0], *(replace(m, memory=0 * m.memory) for m in masks[1:])))
+    one, two = (of.ask(p, "segmentation", rows, tasks).final.semantic for p in (pixels, blind))
+    assert torch.equal(one, two)
+    first = replace(pixels, levels=(replace(masks[0], memory=0 * masks[0].memory), *masks[1:]))
+    assert not torch.allclose(one, of.ask(first, "segmentation", rows, tasks).final.semantic, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"text": None}, "text: null needs classes"),
+        ({"text": None, "classes": 3}, "task_tokens needs a text encoder"),
+        ({"text": TextConfig(width=64)}, "task_tokens needs a text encoder of the model's width"),
+        ({"output": "latents", "classes": 3}, "needs classes = latents, not 3 and 100"),
+        ({"task_tokens": False, "text": TextConfig(width=65)}, "width 65 cannot be divided by text.heads 8"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        ModelConfig(**changes)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------- per-pixel classification
+
+
+def test_pixels_are_classified_by_their_own_features() -> None:
+    of = model(output="pixels", classes=5, decoder_layers=0).requires_grad_(False)
+    pixels = of.encode(torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.bool))
+    rows, tasks = torch.tensor([1, 0]), of.text(of.task_ids).sentence[:2]
+    final = of.ask(pixels, "segmentation", rows, tasks).final
+    logits = of.pixel_logits(final, pixels, rows, torch.arange(6))
+    head = of.decoder.class_embed
+    expected = F.conv2d(pixels.mask_features[rows], head.weight[:5, :, None, None], head.bias[:5])
+    torch.testing.assert_close(logits, expected)
+
+
+def test_the_mask_of_a_latent_may_be_the_logit_of_its_class() -> None:
+    of = model(output="latents", classes=MODEL.latents).requires_grad_(False)
+    pixels = of.encode(torch.rand(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool))
+    rows, tasks = torch.tensor([0]), of.text(of.task_ids).sentence[:1]
+    final = of.ask(pixels, "segmentation", rows, tasks).final
+    chosen = torch.tensor([4, 2, MODEL.latents])
+    logits = of.pixel_logits(final, pixels, rows, chosen)
+    torch.testing.assert_close(logits, of.masks(final, pixels, rows)[:, [4, 2]])
+    probs, masks = of.pairs(final, pixels, rows, chosen)
+    assert torch.equal(probs[0], torch.eye(2, 3))
+    torch.testing.assert_close(masks, logits.log_softmax(1))
+
+
+def test_the_class_of_a_pixel_is_that_of_its_largest_logit() -> None:
+    """Also through the rule of semantic inference, and where logits are large enough to saturate."""
+    for size in (1.0, 100.0):
+        of = model(output="pixels", classes=5).requires_grad_(False)
+        with torch.no_grad():
+            of.decoder.class_embed.weight.mul_(size)
+        pixels = of.encode(torch.rand(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool))
+        rows, tasks = torch.tensor([0]), of.text(of.task_ids).sentence[:1]
+        final = of.ask(pixels, "segmentation", rows, tasks).final
+        probs, masks = of.pairs(final, pixels, rows, torch.arange(6))
+        frame = postprocess.Frame(padded=(32, 32), valid=(32, 32), original=(32, 32))
+        logits = of.pixel_logits(final, pixels, rows, torch.arange(6))
+        large = F.interpolate(logits, size=(32, 32), mode="bilinear")
+        assert (postprocess.semantic(probs[0], masks[0], frame) == large[0].argmax(0).numpy()).all()

@@ -17,9 +17,6 @@ from schemas.taxonomy import Taxonomy
 
 START, END, PAD = 49406, 49407, 0  # open_clip's byte-pair vocabulary; the original pads with END instead
 VOCABULARY_SIZE = 49408
-# The no-object class is the embedding of these words. X-Decoder takes "background", which microscopy and many
-# other corpora have as a class: two classes of one text share every probability.
-NO_OBJECT = "no object"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,7 @@ def _question(view: View, setting: Setting, rng: np.random.Generator) -> Any:
 
 def _mask_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> MaskTargets:
     texts = setting.model.latents + 1 - setting.model.text_contexts if setting.model.task_tokens else 0
-    return mask_targets(truths, tasks, setting.vocabulary, texts, setting.model.text.context)
+    return mask_targets(truths, tasks, setting.vocabulary, texts, setting.model.context)
 
 
 def _phrase_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> PhraseTargets:
@@ -120,18 +120,18 @@ def _phrase_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setti
     return PhraseTargets(
         masks=pad_masks(masks),
         counts=tuple(len(m) for m in masks),
-        texts=tokenize([p for several in phrases for p in several], setting.model.text.context),
+        texts=tokenize([p for several in phrases for p in several], setting.model.context),
     )
 
 
 def _caption_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> CaptionTargets:
-    return CaptionTargets(texts=tokenize(truths, setting.model.text.context))
+    return CaptionTargets(texts=tokenize(truths, setting.model.context))
 
 
 def _answer_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> AnswerTargets:
     shares = np.array([s for _, s in truths], dtype=np.float32)
     return AnswerTargets(
-        texts=tokenize([q for q, _ in truths], setting.model.text.context),
+        texts=tokenize([q for q, _ in truths], setting.model.context),
         answers=torch.from_numpy(shares.reshape(len(truths), len(setting.vocabulary.answers))),
     )
 

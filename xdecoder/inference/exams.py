@@ -24,10 +24,12 @@ from xdecoder.inference.metrics import (
     PanopticQuality,
     ReferringIoU,
     Scores,
+    harmonic,
     truth_of,
 )
 from xdecoder.inference.predictor import Predictor, TextResult
 from xdecoder.inference.text_metrics import CaptionScores, RetrievalRecall, VqaAccuracy
+from xdecoder.inference.zeroshot import ZeroShot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,24 +127,25 @@ def semantic(sitting: Sitting, samples: Sequence[Sample]) -> Exam:
     metric = _mean_iou(sitting, known, taxonomy)
     scores = metric.compute()
     unseen = [i for i, c in enumerate(sitting.taxonomy.categories) if not c.seen]
-    if unseen:
-        general = _mean_iou(sitting, samples, sitting.taxonomy)
+    if unseen and not sitting.predictor.model.config.classes:  # a closed list cannot be asked for others
+        predictor = sitting.predictor
+        zeroshot = ZeroShot.of(sitting.config.zeroshot, predictor.model, predictor.card.image_text_size)
+        general = _mean_iou(sitting, samples, sitting.taxonomy, zeroshot)
         seen = [i for i in range(len(sitting.taxonomy.names)) if i not in unseen]
         s, u = (general.compute(classes=chosen)["mIoU"] for chosen in (seen, unseen))
-        scores |= {
-            "GZS3_seen": s,
-            "GZS3_unseen": u,
-            "GZS3_harmonic": 2 * s * u / (s + u) if s + u > 0 else 0.0,
-        }
+        scores |= {"GZS3_seen": s, "GZS3_unseen": u, "GZS3_harmonic": harmonic(s, u)}
     return Exam(
         metric=metric, scores=scores, chance=chance.semantic(known, taxonomy), examples=metric.examples
     )
 
 
-def _mean_iou(sitting: Sitting, samples: Sequence[Sample], taxonomy: Taxonomy) -> MeanIoU:
+def _mean_iou(
+    sitting: Sitting, samples: Sequence[Sample], taxonomy: Taxonomy, zeroshot: ZeroShot | None = None
+) -> MeanIoU:
     metric = MeanIoU(taxonomy)
     for batch in sitting.batches(samples):
-        results = sitting.predictor.semantic([sample.image for sample in batch], taxonomy)
+        images = [sample.image for sample in batch]
+        results = sitting.predictor.semantic(images, taxonomy, zeroshot=zeroshot)
         for result, sample in zip(results, batch, strict=True):
             metric.update(result.labels, truth_of(sample, taxonomy))
         sitting.progress(metric.examples, len(samples))

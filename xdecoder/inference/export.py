@@ -27,15 +27,19 @@ class FixedClasses(nn.Module):
         with torch.no_grad():
             sentence = model.text(model.task_ids).sentence[TASKS.index(task)]
         self.model = model
-        self.register_buffer("classes", embed_classes(model, classes))
+        closed = model.config.classes
+        if closed and len(classes) != closed:
+            raise ValueError(
+                f"this model's class list is closed: it has {closed} classes, {len(classes)} are given"
+            )
+        self.register_buffer("classes", torch.arange(closed + 1) if closed else embed_classes(model, classes))
         self.register_buffer("task", sentence)
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.arange(images.shape[0], device=images.device)
         pixels = self.model.encode(images, padding)
         final = self.model.ask(pixels, "segmentation", rows, self.task.expand(images.shape[0], -1)).final
-        probs = self.model.similarity(final.semantic, self.classes).softmax(-1)
-        return probs, self.model.masks(final, pixels, rows)
+        return self.model.pairs(final, pixels, rows, self.classes)
 
 
 def export_segmentation(
@@ -46,7 +50,7 @@ def export_segmentation(
     torch.export.save(export_segmentation(model, ["car", "road"], (512, 512)), "segmentation.pt2")
     """
     example = (torch.zeros(2, 3, *size), torch.zeros(2, *size, dtype=torch.bool))
-    place = model.log_scale.device
+    place = model.task_ids.device
     batch = Dim("batch", min=1)
     return torch.export.export(
         FixedClasses(model, classes, task).eval(),

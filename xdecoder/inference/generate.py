@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xdecoder.model.decoder import Pixels
+from xdecoder.model.text import TextEncoder
 from xdecoder.model.xdecoder import XDecoder
 from xdecoder.prompts import END, START, detokenize
 
@@ -72,7 +73,7 @@ def captions(
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, it must be at least 1")
     rows, beams = len(images), search.beams
-    steps = min(max_tokens, model.text.context - 1)
+    steps = min(max_tokens, model.config.context - 1)
     writer = _Writer(model, pixels, images, task, beams * steps, region)
     ids = torch.full((rows, beams, 1), START, device=images.device)
     scores = torch.full((rows, beams), -torch.inf, dtype=torch.float64, device=images.device)
@@ -105,14 +106,15 @@ class _Writer:
     def __init__(
         self, model: XDecoder, pixels: Pixels, images: Tensor, task: Tensor, room: int, region: Tensor | None
     ) -> None:
-        self.model, self.place = model, 0
+        assert isinstance(model.text, TextEncoder), "a model that knows no words has no queries for them"
+        self.model, self.text, self.place = model, model.text, 0
         self.hearings = model.decoder.listen(pixels, images, task, room, region)
-        self.before = model.text.begin(len(images), room)
+        self.before = self.text.begin(len(images), room)
 
     def add(self, ids: Tensor, lineage: Tensor | None) -> Tensor:
         """The newest words int64[R, n] -> float[R, n, V]; lineage bool[R, n, M], the words of each beam."""
         blocked = None if lineage is None else ~lineage[:, None]
-        tokens = self.model.text.extend(ids, self.place, self.before, blocked)
+        tokens = self.text.extend(ids, self.place, self.before, blocked)
         slots = self.model.decoder.extend(tokens, self.place, self.hearings, blocked)
         self.place += 1
         return self.model.caption_logits(slots.flatten(0, 1)).unflatten(0, ids.shape)

@@ -416,6 +416,11 @@ def _mean(fractions: Array) -> float:
     return 100 * float(fractions.mean()) if fractions.size else math.nan
 
 
+def harmonic(seen: float, unseen: float) -> float:
+    """2 S U / (S + U), the harmonic mean of GZS3; zero where both are zero."""
+    return 2 * seen * unseen / (seen + unseen) if seen + unseen > 0 else 0.0
+
+
 def percent(part: float, whole: float) -> float:
     """100 part / whole; nan where there is nothing to divide by."""
     return 100 * float(part / whole) if whole else math.nan

@@ -68,13 +68,14 @@ class Instances:
 
 
 @torch.no_grad()
-def semantic(class_probs: Tensor, mask_logits: Tensor, frame: Frame) -> Array:
+def semantic(class_probs: Tensor, mask_logits: Tensor, frame: Frame, handicap: Tensor | None = None) -> Array:
     """The class of each pixel: argmax over c of sum_q p_q(c) sigmoid(m_q), no background (MaskFormer, 3.4).
 
     class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w] -> int64[H, W].
+    handicap float32[K] in [0, 1] is taken from the sums (ZegFormer's calibration).
     """
     votes = class_probs[:, :-1].float()
-    best = torch.full(frame.original, -1.0, device=votes.device)
+    best = torch.full(frame.original, -torch.inf, device=votes.device)
     label = torch.zeros(frame.original, dtype=torch.int64, device=votes.device)
     step = _chunk(frame)
     for first in range(0, votes.shape[1], step):
@@ -82,6 +83,8 @@ def semantic(class_probs: Tensor, mask_logits: Tensor, frame: Frame) -> Array:
         scores = torch.zeros(some.shape[1], *frame.original, device=votes.device)
         for rows, probs in _full_size_probs(mask_logits, frame):
             scores += torch.einsum("qc,qhw->chw", some[rows], probs)
+        if handicap is not None:
+            scores -= handicap[first : first + step, None, None]
         top, index = scores.max(0)
         label = torch.where(top > best, index + first, label)
         best = torch.maximum(top, best)

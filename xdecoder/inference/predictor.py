@@ -27,9 +27,10 @@ from schemas.taxonomy import Category, Taxonomy
 from xdecoder.inference import draw, generate, postprocess
 from xdecoder.inference.generate import GREEDY, Search
 from xdecoder.inference.postprocess import Frame, Instances, PanopticMap
+from xdecoder.inference.zeroshot import ZeroShot
 from xdecoder.model.decoder import Pixels, Prediction
 from xdecoder.model.files import ModelCard, load_model
-from xdecoder.model.xdecoder import ClassTexts, XDecoder
+from xdecoder.model.xdecoder import XDecoder, columns
 from xdecoder.prompts import END
 from xdecoder.training.augment import PAD_VALUE
 from xdecoder.training.losses import answer_logits, pack
@@ -297,15 +298,22 @@ class Predictor:
         ]
 
     def semantic(
-        self, images: Pictures, classes: Sequence[str] | Taxonomy | None = None
+        self,
+        images: Pictures,
+        classes: Sequence[str] | Taxonomy | None = None,
+        *,
+        zeroshot: ZeroShot | None = None,
     ) -> list[SemanticResult]:
-        """Every pixel to one class."""
+        """Every pixel to one class. `zeroshot` tells classes that the training did not know (ZegFormer)."""
         taxonomy = self._taxonomy(classes)
+        handicap = None if zeroshot is None else zeroshot.handicap(self._seen(taxonomy))
         return [
             SemanticResult(
-                image=image, labels=postprocess.semantic(probs, masks, frame), names=taxonomy.names
+                image=image,
+                labels=postprocess.semantic(probs, masks, frame, handicap),
+                names=taxonomy.names,
             )
-            for image, probs, masks, frame in self._segments(images, taxonomy, "semantic")
+            for image, probs, masks, frame in self._segments(images, taxonomy, "semantic", zeroshot)
         ]
 
     def instance(
@@ -489,16 +497,27 @@ class Predictor:
 
     @torch.no_grad()
     def _segments(
-        self, images: Pictures, taxonomy: Taxonomy, task: Task
+        self, images: Pictures, taxonomy: Taxonomy, task: Task, zeroshot: ZeroShot | None = None
     ) -> Iterator[tuple[Array, Tensor, Tensor, Frame]]:
         """For each picture: itself, class probabilities [O, K + 1], mask logits [O, h, w], and its frame."""
-        classes = self._class_texts(self.model, taxonomy.names)
+        classes = self._classes(taxonomy.names)
         for seen, final in self._decoded(images, task):
             where = torch.arange(len(seen.arrays), device=self.device)
-            probs = self.model.similarity(final.semantic, classes).softmax(-1)
-            masks = self.model.masks(final, seen.pixels, where)
-            own = (m[:, :h, :w] for m, (h, w) in zip(masks, seen.grids, strict=True))
+            probs, masks = self.model.pairs(final, seen.pixels, where, classes)
+            own = [m[:, :h, :w] for m, (h, w) in zip(masks, seen.grids, strict=True)]
+            if zeroshot is not None and self.model.config.output == "masks":
+                logits = self.model.class_logits(final.semantic, classes)
+                probs = self._second_opinion(zeroshot, seen, logits, own, taxonomy)
             yield from zip(seen.arrays, probs, own, seen.frames, strict=True)
+
+    def _second_opinion(
+        self, zeroshot: ZeroShot, seen: _Fitted, logits: Tensor, masks: Sequence[Tensor], taxonomy: Taxonomy
+    ) -> Tensor:
+        """Class probabilities float[B, O, K + 1] by the segments' logits, shaped alike, and by their looks."""
+        known, names = self._seen(taxonomy), taxonomy.names
+        views = [_tensor(a, f.valid).to(self.device) for a, f in zip(seen.arrays, seen.frames, strict=True)]
+        each = zip(logits, views, masks, seen.frames, strict=True)
+        return torch.stack([zeroshot.probabilities(*one, names, known) for one in each])
 
     def _decoded(self, images: Pictures, task: Task) -> Iterator[tuple[_Fitted, Prediction]]:
         """Batches of pictures, and what the latents say of them under a task."""
@@ -508,6 +527,17 @@ class Predictor:
         else:
             for batch in self._fitted(images):
                 yield batch, self._decode(batch, (task,))[0]
+
+    def _seen(self, taxonomy: Taxonomy) -> Tensor:
+        """bool[K], the classes that had masks in the training."""
+        known = set(self.vocabulary.taxonomy.names)
+        return torch.tensor([name in known for name in taxonomy.names], device=self.device)
+
+    def _classes(self, names: Sequence[str]) -> Tensor:
+        """What `XDecoder.class_logits` takes for these classes."""
+        if self.model.config.classes:
+            return columns(self.vocabulary.taxonomy.names, names).to(self.device)
+        return self._class_texts(self.model, tuple(names))
 
     @torch.no_grad()
     def _decode(self, batch: _Fitted, tasks: Sequence[Task]) -> list[Prediction]:
@@ -593,13 +623,13 @@ class ClassCache:
 
 @torch.no_grad()
 def embed_classes(model: XDecoder, names: Sequence[str], chunk: int = 1024) -> Tensor:
-    """Class names (synonyms between commas) and the background -> unit float[K + 1, D].
+    """Class names (synonyms between commas) and no object, unless that is learned -> unit float[K + 1, D].
 
     Texts pass the encoder `chunk` at a time, the short ones first, so that a long one lengthens few others.
     """
-    texts = ClassTexts.of(names, model.text.context)
+    texts = model.class_texts(names)
     order = (texts.ids == END).int().argmax(1).argsort(stable=True)
-    sentences = torch.empty(len(order), model.config.width, device=model.log_scale.device)
+    sentences = torch.empty(len(order), model.config.text_width, device=model.task_ids.device)
     for rows in order.split(chunk):
         longest = int((texts.ids[rows] == END).int().argmax(1).max()) + 1
         ids = texts.ids[rows, :longest].to(sentences.device)

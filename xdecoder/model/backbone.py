@@ -7,6 +7,7 @@ from functools import partial
 
 import timm
 import torch
+from timm.layers import Format
 from torch import Tensor, nn
 
 from schemas.jobs import BackboneConfig
@@ -29,11 +30,13 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.body, self.channels, self.strides = _body(config)
+        self.channels_last = getattr(self.body, "output_fmt", None) == Format.NHWC  # timm's Swin
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return list(self.body((images - self.mean) / self.std))
+        maps = self.body((images - self.mean) / self.std)
+        return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else list(maps)
 
 
 def _body(config: BackboneConfig) -> tuple[nn.Module, list[int], list[int]]:

@@ -333,14 +333,16 @@ class Decoder(nn.Module):
         super().__init__()
         width, heads = config.width, config.heads
         self.latents, self.quirks = config.latents, config.quirks
+        self.masked, self.looked_at = config.masked_attention, config.decoder_levels
         # latents, image query, task token
         self.positions = nn.Embedding(config.latents + 1 + config.task_tokens, width)
         self.contents = nn.Embedding(config.latents + 1, width)  # latents, image query
-        self.caption_positions = nn.Embedding(config.text.context, width)
+        if config.text_queries:
+            self.caption_positions = nn.Embedding(config.context, width)
         self.level_embed = nn.Embedding(3, width)
         self.layers = nn.ModuleList(_Layer(width, heads, config.ffn) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(width)
-        self.class_embed = matrix(width, width)
+        self.class_embed = _class_embed(config)
         self.mask_embed = Mlp(width, 3)
         self.pooling = _MaskPooling(width) if config.mask_pooling else None
         self.task_mlp: nn.Module | None = None
@@ -400,7 +402,7 @@ class Decoder(nn.Module):
         memory = pixels.levels[-1].memory.index_select(0, request.images)  # once a request, not once a layer
         predictions, heard = [self._predict(x, request, pixels, memory)], []
         for i, layer in enumerate(self.layers):
-            level = pixels.levels[i % len(pixels.levels)]
+            level = pixels.levels[i % self.looked_at]
             outside = self._cross_mask(predictions[-1], level, request.images, looking, silent > 0)
             x, keys = layer(x, position, level, request.images, outside, deaf)
             predictions.append(self._predict(x, request, pixels, memory))
@@ -419,6 +421,11 @@ class Decoder(nn.Module):
         each = F.interpolate(masks.float().flatten(0, 1)[:, None], size=level.grid, mode="area")
         shares = each.flatten(1).unflatten(0, masks.shape[:2])
         meaning: Tensor = self.class_embed(self.pooling(shares, level.memory.index_select(0, images)))
+        return meaning
+
+    def name_pixels(self, pixels: Pixels, images: Tensor) -> Tensor:
+        """The meaning of every cell of the mask features by itself, float[R, h0, w0, D]."""
+        meaning: Tensor = self.class_embed(pixels.mask_features.permute(0, 2, 3, 1).index_select(0, images))
         return meaning
 
     def level(self, index: int, feature: Tensor, mask_features: Tensor, padding: Tensor) -> Level:
@@ -499,7 +506,8 @@ class Decoder(nn.Module):
     def _cross_mask(
         self, prediction: Prediction, level: Level, images: Tensor, looking: int, silent: bool = False
     ) -> Tensor:
-        """bool[R, 1, looking, hw]: latents look where their mask is, all others at the whole picture.
+        """bool[R, 1, looking, hw]: latents look where their mask is, all others at the whole picture; all do
+        without masked attention.
 
         The original clears the wrong row for its image query (off by one); ours looks everywhere, as it was
         meant to, unless `quirks.masked_image_query`. silent: there are queries behind those that look.
@@ -508,6 +516,8 @@ class Decoder(nn.Module):
         if slipped:
             prediction = prediction.with_image()
         padding = level.padding[images][:, None]
+        if not self.masked:
+            return padding.expand(-1, looking, -1)[:, None]
         outside = prediction.mask_embed @ level.mask_features[images] < 0  # sigmoid below one half
         outside = outside | padding
         outside &= ~outside.all(-1, keepdim=True)  # a latent that sees nothing sees everything
@@ -536,6 +546,17 @@ class Decoder(nn.Module):
             text=text,
             image_mask=image_mask,
         )
+
+
+def _class_embed(config: ModelConfig) -> nn.Module:
+    """From a query to what its class is told by: a meaning to compare with texts, logits of a closed list and
+    no-object, or nothing where latent k is class k.
+    """
+    if config.output == "latents":
+        return nn.Identity()
+    if config.classes:
+        return nn.Linear(config.width, config.classes + 1)
+    return matrix(config.width, config.text_width)
 
 
 @torch.no_grad()

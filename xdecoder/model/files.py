@@ -38,6 +38,14 @@ def save_model(model: XDecoder, card: ModelCard, folder: Path) -> None:
     (folder / CARD).write_text(card.model_dump_json(indent=1), encoding="utf-8")
 
 
+def unfetched(config: ModelConfig) -> ModelConfig:
+    """The same architecture without weights from elsewhere: they come from a file, or are not needed."""
+    changes: dict[str, object] = {"backbone": config.backbone.model_copy(update={"pretrained": False})}
+    if config.text:
+        changes["text"] = config.text.model_copy(update={"clip": ""})
+    return config.model_copy(update=changes)
+
+
 def load_model(folder: Path, device: str = "cpu") -> tuple[XDecoder, ModelCard]:
     """A finished model, ready to predict. Raises `ValueError` where the folder holds none."""
     for name in (CARD, WEIGHTS):
@@ -47,9 +55,7 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[XDecoder, ModelCard]:
         card = ModelCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
     except ValidationError as error:
         raise ValueError(f"{folder / CARD}: {error}") from None
-    # the weights come from the file, so none are fetched
-    backbone = card.model.backbone.model_copy(update={"pretrained": False})
-    model = XDecoder(card.model.model_copy(update={"backbone": backbone})).to(device).eval()
+    model = XDecoder(unfetched(card.model)).to(device).eval()
     try:
         model.load_state_dict(load_file(folder / WEIGHTS, device=device))
     except RuntimeError as error:

@@ -171,6 +171,7 @@ def model_config(state: State, *, heads: int | None = None, text_heads: int | No
         latents=_shape(state, head + "query_feat.weight")[0] - 1,
         task_tokens=False,
         text_contexts=0,
+        no_object="background",
         backbone=BackboneConfig(
             name="focal_dw" if blocks and blocks[0] + "dw1.weight" in state else "focal",
             out_indices=tuple(i for i in range(len(depths)) if f"backbone.norm{i}.weight" in state),

@@ -23,7 +23,8 @@ class _EncoderLayer(nn.Module):
         return self.norm2(x + self.ffn(x))
 
 
-def _conv(inputs: int, outputs: int, size: int, *, norm: bool) -> nn.Sequential:
+def conv(inputs: int, outputs: int, size: int, *, norm: bool) -> nn.Sequential:
+    """A convolution that keeps the grid, Kaiming-uniform with a = 1, then GroupNorm(32) where asked for."""
     conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=not norm)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     if conv.bias is not None:
@@ -41,11 +42,11 @@ class PixelDecoder(nn.Module):
     def __init__(self, channels: list[int], width: int, heads: int, ffn: int, layers: int) -> None:
         super().__init__()
         self.width = width
-        self.enter = _conv(channels[-1], width, 1, norm=False)
+        self.enter = conv(channels[-1], width, 1, norm=False)
         self.encoder = nn.ModuleList(_EncoderLayer(width, heads, ffn) for _ in range(layers))
-        self.laterals = nn.ModuleList(_conv(c, width, 1, norm=True) for c in reversed(channels[:-1]))
-        self.outputs = nn.ModuleList(_conv(width, width, 3, norm=True) for _ in channels)
-        self.mask_features = _conv(width, width, 3, norm=False)
+        self.laterals = nn.ModuleList(conv(c, width, 1, norm=True) for c in reversed(channels[:-1]))
+        self.outputs = nn.ModuleList(conv(width, width, 3, norm=True) for _ in channels)
+        self.mask_features = conv(width, width, 3, norm=False)
 
     def forward(self, features: list[Tensor], padding: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self._encode(self.enter(features[-1]), padding)

@@ -141,3 +141,18 @@ class TextEncoder(nn.Module):
         """
         table = self.token_embedding.weight if tokens is None else self.token_embedding(tokens)
         return F.linear(slots, table)
+
+
+class Wordless(nn.Module):
+    """Stands in a model that knows no words: the meaning of a text has width 0, so nothing can come of it."""
+
+    def forward(self, ids: Tensor) -> TextFeatures:
+        nothing = torch.zeros(*ids.shape, 0, device=ids.device)
+        later = torch.zeros_like(ids, dtype=torch.bool)
+        return TextFeatures(ids=ids, tokens=nothing, sentence=nothing[:, 0], padding=later)
+
+    def several(self, groups: Sequence[Tensor]) -> list[TextFeatures]:
+        return [self(ids) for ids in groups]
+
+    def token_logits(self, slots: Tensor, tokens: Tensor | None = None) -> Tensor:
+        raise ValueError("this model knows no words: model.text is null")

@@ -8,7 +8,7 @@ Letters: `L` predictions, `R` requests, `O` latents, `M` target masks, `K` class
 width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from schemas.jobs import LossConfig
 from schemas.tasks import TASKS
-from xdecoder.model.decoder import Pixels, Prediction
+from xdecoder.model.decoder import Outputs, Pixels, Prediction
 from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import MAX_SCALE, XDecoder
 from xdecoder.prompts import END, PAD, VOCABULARY_SIZE
 from xdecoder.training.batch import AnswerTargets, MaskTargets, PhraseTargets, Work
-from xdecoder.training.matcher import match, sample_points
+from xdecoder.training.matcher import ALPHA, GAMMA, Pairs, Pixelwise, match, match_fixed, sample_points
 
 Terms = dict[str, Tensor]
 
@@ -34,8 +34,8 @@ Terms = dict[str, Tensor]
 class Scene:
     """What the loss functions share: the encoded batch, and texts that are the same for every request.
 
-    classes float[K + 1, D], unit; answers float[A, D]; tasks float[7, D], the sentences behind the task
-    tokens
+    classes    what `XDecoder.class_logits` takes; answers float[A, D]
+    tasks      float[7, D], the sentences behind the task tokens
     """
 
     model: XDecoder
@@ -61,19 +61,25 @@ def total(terms: Mapping[str, Tensor], config: LossConfig) -> Tensor:
 
 
 def segmentation(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
-    """Semantic, instance and panoptic requests: class, mask and query-text terms (MaskFormer, OneFormer)."""
+    """Semantic, instance and panoptic requests, by what the model's output is (`ModelConfig.output`)."""
     targets = work.targets
     assert isinstance(targets, MaskTargets)
     outputs = scene.model.ask(scene.pixels, "segmentation", work.images, _tasks(scene, work))
-    logits = scene.model.similarity(_stack(outputs.predictions, "semantic"), scene.classes)
+    return _OUTPUTS[scene.model.config.output](scene, work, targets, outputs, texts)
+
+
+def _mask_classification(
+    scene: Scene, work: Work, targets: MaskTargets, outputs: Outputs, texts: TextFeatures
+) -> Terms:
+    """Class, mask and query-text terms of (class, mask) pairs (MaskFormer, OneFormer)."""
+    logits = scene.model.class_logits(_stack(outputs.predictions, "semantic"), scene.classes)
     masks = _masks(scene, outputs.predictions, work.images)
-    labels = targets.labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
-    costs = -logits.detach().softmax(-1).gather(-1, labels)
-    pairs = _match(scene, costs, masks, targets.masks, targets.counts)
+    pairs = _MATCHING[scene.config.matching](scene, logits, masks, targets)
     last = scene.config.class_layers  # 0 leaves nothing out
     named = pairs[-last * len(work.images) :]
     terms = {"class_ce": class_loss(logits[-last:], targets.labels, named, scene.config.no_object)}
-    terms["mask_bce"], terms["mask_dice"] = mask_losses(masks, targets.masks, pairs, scene.config)
+    kind = scene.config.pixelwise
+    terms[f"mask_{kind}"], terms["mask_dice"] = mask_losses(masks, targets.masks, pairs, scene.config, kind)
     if scene.config.region_ce:
         terms["region_ce"] = _region_loss(scene, work, targets)
     if outputs.initial is not None:
@@ -81,9 +87,53 @@ def segmentation(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     return terms
 
 
-def class_loss(
-    logits: Tensor, labels: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]], no_object: float
-) -> Tensor:
+def _by_features(
+    scene: Scene, work: Work, targets: MaskTargets, outputs: Outputs, texts: TextFeatures
+) -> Terms:
+    """One classification of every pixel: the decoder's layers have no say in it."""
+    return {"pixel_ce": _pixel_ce(scene, work, targets, outputs.predictions[-1:])}
+
+
+def _by_latents(
+    scene: Scene, work: Work, targets: MaskTargets, outputs: Outputs, texts: TextFeatures
+) -> Terms:
+    """One after every layer (MaskFormer, 2.2), and before the first where there is no other."""
+    return {"pixel_ce": _pixel_ce(scene, work, targets, outputs.predictions[1:] or outputs.predictions)}
+
+
+_OUTPUTS: Mapping[str, Callable[[Scene, Work, MaskTargets, Outputs, TextFeatures], Terms]] = {
+    "masks": _mask_classification,
+    "pixels": _by_features,
+    "latents": _by_latents,
+}
+
+
+def _pixel_ce(scene: Scene, work: Work, targets: MaskTargets, predictions: Sequence[Prediction]) -> Tensor:
+    truth = label_map(targets)
+    every = [scene.model.pixel_logits(p, scene.pixels, work.images, scene.classes) for p in predictions]
+    return torch.stack([pixel_loss(logits, truth) for logits in every]).sum()
+
+
+def label_map(targets: MaskTargets) -> Tensor:
+    """The class of each pixel, int64[R, H, W]; -1 where no mask lies."""
+    if not targets.masks.shape[1]:
+        return torch.full_like(targets.masks.sum(1), -1, dtype=torch.int64)
+    covered, owner = targets.masks.max(1)
+    labels = targets.labels[:, :, None].expand(-1, -1, owner[0].numel()).gather(1, owner.flatten(1)[:, None])
+    return torch.where(covered > 0, labels[:, 0].unflatten(1, owner.shape[1:]), -1)
+
+
+def pixel_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Mean cross-entropy of all labelled pixels: float[R, K, h, w], resized, against int64[R, H, W].
+
+    -1 is no label; without any the loss is zero and connected to the graph.
+    """
+    large = F.interpolate(logits.float(), size=truth.shape[-2:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(large, truth, ignore_index=-1, reduction="sum")
+    return total / mean_over_ranks((truth >= 0).sum()).clamp(min=1)
+
+
+def class_loss(logits: Tensor, labels: Tensor, pairs: Pairs, no_object: float) -> Tensor:
     """Weighted cross-entropy over K classes and background, summed over predictions.
 
     logits   float[L, R, O, K + 1]; labels int64[R, M]; pairs from `match`; unmatched latents want the last
@@ -104,19 +154,20 @@ def class_loss(
 def _region_loss(scene: Scene, work: Work, targets: MaskTargets) -> Tensor:
     """Cross-entropy of the true regions' names by mask pooling, the mean over the regions of all ranks."""
     meaning = scene.model.decoder.name_regions(scene.pixels, work.images, targets.masks)
-    logits = scene.model.similarity(meaning, scene.classes)
+    logits = scene.model.class_logits(meaning, scene.classes)
     real = (targets.labels >= 0) & targets.masks.flatten(2).any(-1)
     number = mean_over_ranks(real.sum()).clamp(min=1)
     return F.cross_entropy(logits[real], targets.labels[real], reduction="sum") / number
 
 
 def mask_losses(
-    logits: Tensor, truth: Tensor, pairs: Sequence[tuple[np.ndarray, np.ndarray]], config: LossConfig
+    logits: Tensor, truth: Tensor, pairs: Pairs, config: LossConfig, pixelwise: Pixelwise = "bce"
 ) -> tuple[Tensor, Tensor]:
-    """Point-sampled cross-entropy and dice of the matched masks, summed over masks and predictions.
+    """A pixelwise loss and dice of the matched masks, summed over masks and predictions.
 
-    logits float[L, R, O, h, w], truth float[R, M, H, W]. Divided by the mean number of target masks over
-    ranks, at least one. Without a match both are zero and connected to the graph.
+    logits float[L, R, O, h, w], truth float[R, M, H, W]. On points of the mask, or on every pixel of the
+    truth where `config.points` is 0. Divided by the mean number of target masks over ranks, at least one.
+    Without a match both are zero and connected to the graph.
     """
     rows = logits.shape[1]
     where = [
@@ -130,12 +181,29 @@ def mask_losses(
         return zero, zero
     layer, row, query, target = torch.tensor(where, device=logits.device).unbind(1)
     predicted, wanted = logits[layer, row, query][:, None].float(), truth[row, target][:, None]
-    places = uncertain_points(predicted, config)
-    x, y = sample_points(predicted, places)[:, 0], sample_points(wanted, places)[:, 0]
+    if config.points:
+        places = uncertain_points(predicted, config)
+        x, y = sample_points(predicted, places)[:, 0], sample_points(wanted, places)[:, 0]
+    else:
+        x = F.interpolate(predicted, size=truth.shape[-2:], mode="bilinear", align_corners=False).flatten(1)
+        y = wanted.flatten(1)
     p = x.sigmoid()
-    bce = F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1)
     dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
-    return bce.sum() / number, dice.sum() / number
+    return _PIXELWISE[pixelwise](x, y).mean(1).sum() / number, dice.sum() / number
+
+
+def _binary(logits: Tensor, truth: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+
+
+def _focal(logits: Tensor, truth: Tensor) -> Tensor:
+    """a_t (1 - p_t)^g (-log p_t), where x_t is x for a target of one and 1 - x for zero (RetinaNet)."""
+    p = logits.sigmoid()
+    unsure = (1 - p) * truth + p * (1 - truth)  # 1 - p_t, also between zero and one as p_t is linear in t
+    return (ALPHA * truth + (1 - ALPHA) * (1 - truth)) * unsure**GAMMA * _binary(logits, truth)
+
+
+_PIXELWISE: Mapping[Pixelwise, Callable[[Tensor, Tensor], Tensor]] = {"bce": _binary, "focal": _focal}
 
 
 @torch.no_grad()
@@ -224,11 +292,7 @@ def equal_phrases(ids: Tensor, counts: Sequence[int]) -> list[Tensor]:
     return [(part[:, None] == part).all(-1) for part in ids.split(list(counts))]
 
 
-def grounding_loss(
-    logits: Tensor,
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
-    same: Sequence[Tensor] | None = None,
-) -> Tensor:
+def grounding_loss(logits: Tensor, pairs: Pairs, same: Sequence[Tensor] | None = None) -> Tensor:
     """For every phrase, cross-entropy over the latents: float[L, R, O, M]; mean over phrases, summed over
     predictions.
 
@@ -417,8 +481,23 @@ def _masks(scene: Scene, predictions: Sequence[Prediction], images: Tensor) -> T
     return torch.stack([scene.model.masks(p, scene.pixels, images) for p in predictions])
 
 
-def _match(
-    scene: Scene, class_costs: Tensor, masks: Tensor, truth: Tensor, counts: Sequence[int]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    weights = (scene.config.class_ce, scene.config.mask_bce, scene.config.mask_dice)
-    return match(class_costs, masks.detach(), truth, list(counts), weights, scene.config.points)
+def _match(scene: Scene, class_costs: Tensor, masks: Tensor, truth: Tensor, counts: Sequence[int]) -> Pairs:
+    config, kind = scene.config, scene.config.pixelwise
+    weights = (config.class_ce, getattr(config, f"mask_{kind}"), config.mask_dice)
+    return match(class_costs, masks.detach(), truth, list(counts), weights, config.points, kind)
+
+
+def _by_cost(scene: Scene, logits: Tensor, masks: Tensor, targets: MaskTargets) -> Pairs:
+    labels = targets.labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
+    costs = -logits.detach().softmax(-1).gather(-1, labels)
+    return _match(scene, costs, masks, targets.masks, targets.counts)
+
+
+def _by_class(scene: Scene, logits: Tensor, masks: Tensor, targets: MaskTargets) -> Pairs:
+    return match_fixed(targets.labels, targets.counts, logits.shape[2], len(logits))
+
+
+_MATCHING: Mapping[str, Callable[[Scene, Tensor, Tensor, MaskTargets], Pairs]] = {
+    "bipartite": _by_cost,
+    "fixed": _by_class,
+}

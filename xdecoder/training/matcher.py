@@ -1,10 +1,13 @@
-"""Which query answers for which target: bipartite matching on class and mask costs, at every layer at once.
+"""Which query answers for which target: bipartite matching on class and mask costs, at every layer at once;
+or fixed, latent i for class i.
 
 Letters: `L` predictions (layers + 1), `R` requests, `O` latents, `M` target masks (padded), `P` points, `K`
 classes.
 """
 
 import logging
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
+Pairs = list[tuple[np.ndarray, np.ndarray]]
+Pixelwise = Literal["bce", "focal"]
+ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (MaskFormer, 2.2)
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -23,22 +29,26 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, 2 * points[:, :, None] - 1, mode="bilinear", align_corners=False)[..., 0]
 
 
-def mask_costs(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean binary cross-entropy and dice of every pair: float[N, O, P], float[N, M, P] -> two float[N, O, M].
+def mask_costs(logits: Tensor, truth: Tensor, pixelwise: Pixelwise = "bce") -> tuple[Tensor, Tensor]:
+    """Mean pixelwise loss and dice of every pair: float[N, O, P], float[N, M, P] -> two float[N, O, M].
 
-    dice = 1 - (2 sum(p t) + 1) / (sum p + sum t + 1)
+    bce    -log p where the target t is one, -log (1 - p) where it is zero
+    focal  a (1 - p)^g (-log p) and (1 - a) p^g (-log (1 - p)), a = 0.25 and g = 2
+    dice   1 - (2 sum(p t) + 1) / (sum p + sum t + 1)
     """
     count = logits.shape[-1]
     other = truth.transpose(1, 2)
-    # -log p where the target is one, -log (1 - p) where it is zero; divided first so that half precision
-    # holds it
-    bce = (F.softplus(-logits) / count) @ other + (F.softplus(logits) / count) @ (1 - other)
     p = logits.sigmoid()
+    inside, outside = F.softplus(-logits), F.softplus(logits)  # -log p and -log (1 - p)
+    if pixelwise == "focal":
+        inside, outside = ALPHA * (1 - p) ** GAMMA * inside, (1 - ALPHA) * p**GAMMA * outside
+    # divided first so that half precision holds it
+    each = (inside / count) @ other + (outside / count) @ (1 - other)
     dice = 1 - (2 * (p @ other) + 1) / (p.sum(-1, keepdim=True) + truth.sum(-1)[:, None] + 1)
-    return bce, dice
+    return each, dice
 
 
-def assign(costs: Tensor, counts: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+def assign(costs: Tensor, counts: list[int]) -> Pairs:
     """Hungarian assignment of every problem: float[N, O, M], the first counts[n] columns are real ->
     (queries, targets).
 
@@ -64,20 +74,38 @@ def match(
     counts: list[int],
     weights: tuple[float, float, float],
     points: int,
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    pixelwise: Pixelwise = "bce",
+) -> Pairs:
     """Match all predictions of all requests.
 
     class_costs    float[L, R, O, M], minus a probability
     mask_logits    float[L, R, O, h, w]
     truth          float[R, M, H, W], padded; counts[r] are real
-    weights        of class, cross-entropy and dice (2, 5, 5 in Mask2Former)
-    points         uniform random points, drawn once a request and prediction, shared by all its masks
+    weights        of class, pixelwise loss and dice (2, 5, 5 in Mask2Former; 1, 20, 1 in MaskFormer)
+    points         uniform random points, drawn once a request and prediction, shared by all its masks; 0 is
+                   every cell of the prediction, the truth resized to it by nearest (MaskFormer, 2.2)
     returns        L * R pairs (queries int64[n], targets int64[n]), requests fastest
     """
     layers, rows = class_costs.shape[:2]
-    places = torch.rand(layers * rows, points, 2, device=truth.device)
-    predicted = sample_points(mask_logits.flatten(0, 1).float(), places)
-    wanted = sample_points(truth.repeat(layers, 1, 1, 1), places)
-    bce, dice = mask_costs(predicted, wanted)
-    total = weights[0] * class_costs.flatten(0, 1).float() + weights[1] * bce + weights[2] * dice
+    if points:
+        places = torch.rand(layers * rows, points, 2, device=truth.device)
+        predicted = sample_points(mask_logits.flatten(0, 1).float(), places)
+        wanted = sample_points(truth.repeat(layers, 1, 1, 1), places)
+    else:
+        predicted = mask_logits.flatten(0, 1).flatten(2).float()
+        wanted = F.interpolate(truth, size=mask_logits.shape[-2:]).flatten(2).repeat(layers, 1, 1)
+    each, dice = mask_costs(predicted, wanted, pixelwise)
+    total = weights[0] * class_costs.flatten(0, 1).float() + weights[1] * each + weights[2] * dice
     return assign(total, counts * layers)
+
+
+def match_fixed(labels: Tensor, counts: Sequence[int], latents: int, layers: int) -> Pairs:
+    """Latent i answers for class i (MaskFormer, 2.1): int64[R, M] -> pairs as from `match`.
+
+    Raises `ValueError` where a class has no latent.
+    """
+    pairs = [(row[:count].cpu().numpy(), np.arange(count)) for row, count in zip(labels, counts, strict=True)]
+    most = max((int(classes.max()) for classes, _ in pairs if len(classes)), default=-1)
+    if most >= latents:
+        raise ValueError(f"fixed matching needs a latent for each class: class {most}, {latents} latents")
+    return pairs * layers

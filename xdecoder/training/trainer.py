@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from schemas.jobs import LossConfig, ModelConfig, TrainConfig
 from schemas.tasks import Stream
-from xdecoder.model.xdecoder import ClassTexts, XDecoder
+from xdecoder.model.xdecoder import XDecoder, columns
 from xdecoder.prompts import Vocabulary, tokenize
 from xdecoder.tasks import TABLE, BatchMaker, Setting
 from xdecoder.training.batch import Batch, to_device
@@ -42,14 +42,20 @@ class Objective(nn.Module):
     """Batches -> loss terms, as one module so that DistributedDataParallel sees one forward."""
 
     class_ids: Tensor
+    class_columns: Tensor
     answer_ids: Tensor
 
     def __init__(self, model: XDecoder, config: LossConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.class_texts = ClassTexts.of(vocabulary.taxonomy.names, model.text.context)
+        names, closed = vocabulary.taxonomy.names, model.config.classes
+        if closed and closed != len(names):
+            raise ValueError(f"model.classes is {closed}, the dataset has {len(names)} classes with masks")
+        self.class_texts = model.class_texts(names)
         self.register_buffer("class_ids", self.class_texts.ids, persistent=False)
-        self.register_buffer("answer_ids", tokenize(vocabulary.answers, model.text.context), persistent=False)
+        self.register_buffer("class_columns", columns(names, names), persistent=False)
+        answers = tokenize(vocabulary.answers, model.config.context)
+        self.register_buffer("answer_ids", answers, persistent=False)
 
     def forward(self, batches: tuple[Batch, ...]) -> dict[str, Tensor]:
         model = self.model
@@ -63,7 +69,7 @@ class Objective(nn.Module):
             scene = Scene(
                 model=model,
                 pixels=model.encode(batch.images, batch.padding),
-                classes=self.class_texts.embed(classes.sentence),
+                classes=self._classes(classes.sentence),
                 answers=answers.sentence,
                 tasks=tasks.sentence,
                 config=self.config,
@@ -71,6 +77,11 @@ class Objective(nn.Module):
             for work in batch.works:
                 terms |= TABLE[work.kind].loss(scene, work, of_work[id(work)])
         return terms
+
+    def _classes(self, sentences: Tensor) -> Tensor:
+        """What `XDecoder.class_logits` takes for the classes of the training."""
+        closed = self.model.config.classes
+        return self.class_columns if closed else self.class_texts.embed(sentences)
 
 
 class Trainer:

@@ -1,0 +1,34 @@
+"""The zero-shot benchmark runs as written, on a world of a few pictures and for a few steps."""
+
+import math
+
+import pytest
+from tiny import TAXONOMY, endless, samples
+
+from benchmarks.zeroshot import JOB, RECIPES, World, trial
+from schemas.jobs import PretrainJob, load
+
+SMALL = (
+    "train.steps=2",
+    "train.augment.image_size=32",
+    "train.augment.image_text_size=32",
+    "train.loss.points=32",
+    "model.width=32",
+    "model.ffn=32",
+)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_of_the_zero_shot_benchmark_is_trained_and_scored(name: str) -> None:
+    categories = tuple(c.model_copy(update={"seen": c.name != "green square"}) for c in TAXONOMY.categories)
+    world = World(
+        taxonomy=TAXONOMY.model_copy(update={"categories": categories}),
+        train=lambda stream, seed, make: endless(make, samples(), position=seed),
+        held_out=lambda: iter(samples(2)),
+    )
+    job = load(JOB, [*RECIPES[name], *SMALL])
+    assert isinstance(job, PretrainJob)
+    seen, unseen, harmonic = trial(job, world, seed=1)
+    assert all(0 <= score <= 100 for score in (seen, unseen, harmonic))
+    expected = 2 * seen * unseen / (seen + unseen) if seen + unseen else 0
+    assert math.isclose(harmonic, expected, abs_tol=1e-9)
