@@ -513,7 +513,7 @@ class Predictor:
     def _second_opinion(
         self, zeroshot: ZeroShot, seen: _Fitted, logits: Tensor, masks: Sequence[Tensor], taxonomy: Taxonomy
     ) -> Tensor:
-        """Class probabilities float[B, O, K + 1] by the segments' logits, shaped alike, and by their looks."""
+        """Class probabilities float[B, O, K + 1] by the logits of the same shape and by their looks."""
         known, names = self._seen(taxonomy), taxonomy.names
         views = [_tensor(a, f.valid).to(self.device) for a, f in zip(seen.arrays, seen.frames, strict=True)]
         each = zip(logits, views, masks, seen.frames, strict=True)
