@@ -4,9 +4,8 @@
 
 Paired in one run, one after the other in each round, on the same random weights and pictures, without early
 stop (the end mark is forbidden on all sides), in seconds of this process's CPU, so that what else the machine
-does counts little. Peers: `growing` decodes
-the words so far anew for every word, `full` always all slots of the context, as the original X-Decoder does.
-All three say the same words, or the run fails.
+does counts little. Peers: `growing` decodes the words so far anew for every word, `full` always all slots of
+the context, as the original X-Decoder does. All three say the same words, or the run fails.
 """
 
 import argparse
