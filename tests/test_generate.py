@@ -79,6 +79,14 @@ def test_greedy_words_are_those_of_full_decoding(seed: int, tokens: bool, poolin
     assert len(set(said)) > 1, "the pictures must matter"
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+def test_words_look_at_the_levels_that_the_model_looks_at(levels: int) -> None:
+    of = talkative(0, decoder_levels=levels)
+    pixels, images = encode(of, 3), torch.arange(3)
+    said = greedy(of, pixels, images, task_of(of, 3), 12)
+    assert said == [detokenize(spoken(of, pixels, int(image), 12)) for image in images]
+
+
 def test_nothing_is_decoded_behind_the_end_of_the_longest_caption() -> None:
     of = brief()
     pixels, steps = encode(of, 2), list[int]()

@@ -93,6 +93,11 @@ def test_a_class_cannot_be_called_as_the_no_object_class_is(name: str) -> None:
         ClassTexts.of(["dog", name], 20)
 
 
+def test_the_words_for_no_object_are_reserved_however_they_are_written() -> None:
+    with pytest.raises(ValueError, match="rename"):
+        ClassTexts.of(["background"], 20, no_object="Background")
+
+
 def test_a_greedy_caption_is_what_teacher_forcing_would_say(tiny: XDecoder) -> None:
     """The caption fed back in predicts itself: no slot is off by one, no later word is seen."""
     pixels = tiny.encode(torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.bool))

@@ -333,7 +333,7 @@ class Decoder(nn.Module):
         super().__init__()
         width, heads = config.width, config.heads
         self.latents, self.quirks = config.latents, config.quirks
-        self.masked, self.looked_at = config.masked_attention, config.decoder_levels
+        self.masked, self.levels = config.masked_attention, config.decoder_levels
         # latents, image query, task token
         self.positions = nn.Embedding(config.latents + 1 + config.task_tokens, width)
         self.contents = nn.Embedding(config.latents + 1, width)  # latents, image query
@@ -367,7 +367,7 @@ class Decoder(nn.Module):
         hearings = []
         for i, (layer, (keys, values)) in enumerate(zip(self.layers, heard, strict=True)):
             assert isinstance(layer, _Layer)
-            level = pixels.levels[i % len(pixels.levels)]
+            level = self._looked_at(pixels, i)
             hearings.append(
                 Hearing(
                     picture=layer.picture(level, images),
@@ -402,7 +402,7 @@ class Decoder(nn.Module):
         memory = pixels.levels[-1].memory.index_select(0, request.images)  # once a request, not once a layer
         predictions, heard = [self._predict(x, request, pixels, memory)], []
         for i, layer in enumerate(self.layers):
-            level = pixels.levels[i % self.looked_at]
+            level = self._looked_at(pixels, i)
             outside = self._cross_mask(predictions[-1], level, request.images, looking, silent > 0)
             x, keys = layer(x, position, level, request.images, outside, deaf)
             predictions.append(self._predict(x, request, pixels, memory))
@@ -471,6 +471,10 @@ class Decoder(nn.Module):
             )  # meaning flows back through the position alone
             position = torch.cat((position, tokens + ordered), 1)
         return content, position, initial
+
+    def _looked_at(self, pixels: Pixels, layer: int) -> Level:
+        """What a layer looks at: the coarsest levels in turn."""
+        return pixels.levels[layer % self.levels]
 
     def _kinds(self, size: int) -> list[Kind]:
         task = int(self.task_mlp is not None)

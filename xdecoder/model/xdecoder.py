@@ -243,7 +243,8 @@ class ClassTexts:
     ) -> "ClassTexts":
         """Without `no_object` the names alone, else `ValueError` where a class is called as no object is."""
         called = [synonyms(name) for name in names]
-        if any(text.casefold() == no_object for several in called for text in several):
+        taken = {text.casefold() for several in called for text in several}
+        if no_object is not None and no_object.casefold() in taken:
             raise ValueError(
                 f"no class can be called {no_object!r}, which means that nothing is there: rename it"
             )
