@@ -342,20 +342,13 @@ class Predictor:
         together = self.model.config.quirks.phrases_together
         step = len(phrases) if together else self.batch
         masks, scores = [], []
-        with torch.no_grad():
-            for start in range(0, len(phrases), step):
-                some = phrases[start : start + step]
-                counts = [len(some)] if together else [1] * len(some)
-                text, sentences = pack(self.model.encode_texts(some), counts)
-                where = torch.zeros(len(counts), dtype=torch.int64, device=self.device)
-                final = self.model.ask(
-                    seen.pixels, "referring", where, self._task("referring", len(counts)), text
-                ).final
-                nearest = self.model.similarity(final.semantic, sentences)  # float[R, O, phrases of each]
-                chosen = replace(final, mask_embed=_rows(final.mask_embed, nearest.argmax(1)))
-                logits = self.model.masks(chosen, seen.pixels, where)  # of the chosen latents alone
-                masks.append(postprocess.masks(logits.flatten(0, 1), seen.frames[0]))
-                scores.append((nearest.amax(1).flatten() / self.model.scale()).cpu().numpy())
+        for start in range(0, len(phrases), step):
+            some = phrases[start : start + step]
+            counts = [len(some)] if together else [1] * len(some)
+            where = torch.zeros(len(counts), dtype=torch.int64, device=self.device)
+            logits, fits = self._meant(seen, where, some, counts)
+            masks.append(postprocess.masks(logits.flatten(0, 1), seen.frames[0]))
+            scores.append(fits.flatten().cpu().numpy())
         return ReferringResult(
             image=seen.arrays[0],
             phrases=tuple(phrases),
@@ -368,17 +361,40 @@ class Predictor:
         how well region and picture fit the text.
         """
         seen = images if isinstance(images, Seen) else self.see(images)
-        regions = [self.refer(array, [text]) for array in seen.arrays]
+        masks: list[Array] = []
+        fits: list[Tensor] = []
+        for batch in seen.fitted:
+            count = len(batch.arrays)
+            where = torch.arange(count, device=self.device)
+            logits, fit = self._meant(batch, where, [text] * count, [1] * count)
+            for own, (height, width), frame in zip(logits, batch.grids, batch.frames, strict=True):
+                masks.append(postprocess.masks(own[:, :height, :width], frame)[0])
+            fits.append(fit[:, 0].cpu())
         pictures = self.retrieve(seen, [text]).scores[:, 0]
-        scores = (np.array([region.scores[0] for region in regions], dtype=np.float32) + pictures) / 2
+        scores = (torch.cat(fits).numpy() + pictures) / 2
         ranking = np.argsort(-scores, kind="stable")
         return RegionResult(
             text=text,
             images=seen.arrays,
             ranking=ranking,
             scores=scores[ranking],
-            masks=tuple(regions[i].masks[0] for i in ranking),
+            masks=tuple(masks[i] for i in ranking),
         )
+
+    @torch.no_grad()
+    def _meant(
+        self, seen: _Fitted, where: Tensor, phrases: Sequence[str], counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """What phrases mean, counts[r] of them in request r about picture int64[R] of the batch.
+
+        Mask logits of the chosen latents alone, float[R, P, h, w], and how well each fits, float[R, P].
+        """
+        text, sentences = pack(self.model.encode_texts(phrases), counts)
+        task = self._task("referring", len(counts))
+        final = self.model.ask(seen.pixels, "referring", where, task, text).final
+        nearest = self.model.similarity(final.semantic, sentences)  # float[R, O, P]
+        chosen = replace(final, mask_embed=_rows(final.mask_embed, nearest.argmax(1)))
+        return self.model.masks(chosen, seen.pixels, where), nearest.amax(1) / self.model.scale()
 
     # -------------------------------------------------------------------------------------------- image and
     # text
@@ -505,7 +521,7 @@ class Predictor:
             where = torch.arange(len(seen.arrays), device=self.device)
             probs, masks = self.model.pairs(final, seen.pixels, where, classes)
             own = [m[:, :h, :w] for m, (h, w) in zip(masks, seen.grids, strict=True)]
-            if zeroshot is not None and self.model.config.output == "masks":
+            if zeroshot is not None and zeroshot.branch is not None and self.model.config.output == "masks":
                 logits = self.model.class_logits(final.semantic, classes)
                 probs = self._second_opinion(zeroshot, seen, logits, own, taxonomy)
             yield from zip(seen.arrays, probs, own, seen.frames, strict=True)
@@ -610,7 +626,7 @@ class ClassCache:
 
     @torch.no_grad()
     def __call__(self, model: XDecoder, names: tuple[str, ...]) -> Tensor:
-        """Unit float[K + 1, D] of K names and the background."""
+        """Unit float[K + 1, D] of K names and no object, unless that is learned."""
         weights = [(p.data_ptr(), p._version) for p in model.text.parameters()]
         known = self._kept.pop(names, None)
         if known is None or known[0] != weights:

@@ -46,11 +46,13 @@ class ImageBranch:
 def own_branch(model: XDecoder, prompts: Prompts, side: int) -> ImageBranch:
     """The model's own image query, as retrieval uses it."""
 
+    with torch.no_grad():
+        task = model.text(model.task_ids).sentence[TASKS.index("retrieval")]
+
     def images(regions: Tensor) -> Tensor:
         rows = torch.arange(len(regions), device=regions.device)
-        task = model.text(model.task_ids).sentence[TASKS.index("retrieval")].expand(len(rows), -1)
         pixels = model.encode(regions, torch.zeros_like(regions[:, 0], dtype=torch.bool))
-        return model.ask(pixels, "segmentation", rows, task).final.image
+        return model.ask(pixels, "segmentation", rows, task.expand(len(rows), -1)).final.image
 
     def names(classes: Sequence[str]) -> Tensor:
         texts = ClassTexts.of(classes, model.config.context, prompts, no_object=None)
