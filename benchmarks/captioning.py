@@ -9,13 +9,12 @@ the context, as the original X-Decoder does. All three say the same words, or th
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.paired import measure, table
 from schemas.jobs import BackboneConfig, ModelConfig, TextConfig
 from schemas.tasks import TASKS
 from xdecoder.inference.generate import Search, captions
@@ -73,20 +72,12 @@ def main() -> None:
     }
     if arguments.skip_full:
         del ways["full"]
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(arguments.rounds):
-        said = {}
-        for name, way in ways.items():
-            start = time.process_time()
-            said[name] = way()
-            times[name].append(time.process_time() - start)
-        if any(texts != said["cached"] for texts in said.values()):
-            raise SystemExit(f"the ways say different words: {said}")
+    times = measure(
+        ways, arguments.rounds, lambda said: all(texts == said["cached"] for texts in said.values())
+    )
     size = f"width {arguments.width}, {config.decoder_layers} layers"
     print(f"{words} words, {arguments.pictures} pictures, {size}; CPU seconds")
-    for name, taken in times.items():
-        ratio = statistics.median(t / c for t, c in zip(taken, times["cached"], strict=True))
-        print(f"{name:8} {statistics.median(taken):8.2f} s   {ratio:6.1f} x the cached time, median of pairs")
+    print(table(times, "cached"))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ one query after the other. Seconds of this process's CPU.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.paired import measure, table
 from schemas.masks import Array
 from xdecoder.inference import postprocess
 from xdecoder.inference.postprocess import Frame
@@ -93,19 +92,9 @@ def main() -> None:
         "ours": ours,
         "loop": lambda: loop(probs, logits, frame, things),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(arguments.rounds):
-        answers = {}
-        for name, way in ways.items():
-            start = time.process_time()
-            answers[name] = way()
-            times[name].append(time.process_time() - start)
-        if not np.array_equal(answers["ours"][0], answers["loop"][0]):
-            raise SystemExit("the two give different label maps")
-    print(f"{arguments.queries} queries, {size[0]} x {size[1]}, {answers['ours'][1]} segments; CPU seconds")
-    for name, taken in times.items():
-        ratio = statistics.median(t / o for t, o in zip(taken, times["ours"], strict=True))
-        print(f"{name:6} {statistics.median(taken):8.3f} s   {ratio:5.2f} x ours, median of pairs")
+    times = measure(ways, arguments.rounds, lambda said: np.array_equal(said["ours"][0], said["loop"][0]))
+    print(f"{arguments.queries} queries, {size[0]} x {size[1]}, {ours()[1]} segments; CPU seconds")
+    print(table(times, "ours"))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from schemas.jobs import (
     TextConfig,
     TrainConfig,
 )
-from schemas.masks import Array
+from schemas.masks import Array, area_and_bbox, rgb_to_ids
 from xdecoder.inference.evaluator import evaluate
 from xdecoder.inference.predictor import Predictor
 from xdecoder.prompts import Vocabulary
@@ -135,7 +135,7 @@ def _tile(root: Path, folder: Path, side: int) -> None:
             name = f"{tile:05d}.png"
             picture.crop(window).save(folder / "images" / name)
             codes.crop(window).save(folder / "panoptic" / name)
-            ids = np.asarray(codes.crop(window)).astype(np.int64) @ (1, 256, 65536)
+            ids = rgb_to_ids(np.asarray(codes.crop(window)))
             segments = [_segment(ids == i, int(i), category[int(i)]) for i in np.unique(ids) if i]
             images.append({"id": tile, "file_name": name, "height": ids.shape[0], "width": ids.shape[1]})
             annotations.append({"image_id": tile, "file_name": name, "segments_info": segments})
@@ -144,10 +144,8 @@ def _tile(root: Path, folder: Path, side: int) -> None:
 
 
 def _segment(mask: Array, number: int, category: int) -> dict[str, Any]:
-    rows, columns = np.nonzero(mask)
-    left, top = int(columns.min()), int(rows.min())
-    box = [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1]
-    return {"id": number, "category_id": category, "iscrowd": 0, "area": int(mask.sum()), "bbox": box}
+    area, box = area_and_bbox(mask)
+    return {"id": number, "category_id": category, "iscrowd": 0, "area": area, "bbox": list(box)}
 
 
 TRIALS = {"overfit": overfit, "nuclei": nuclei}

@@ -8,13 +8,12 @@ the paper's width and depth with random weights, in seconds of this process's CP
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from benchmarks.paired import measure, table
 from schemas.jobs import BackboneConfig, ModelConfig
 from schemas.taxonomy import Category, Taxonomy
 from xdecoder.inference.predictor import Pictures, Predictor
@@ -57,16 +56,9 @@ def main() -> None:
         "three, apart": lambda: three([picture]),
     }
     ways["one"]()  # the class list is embedded once, and not what is measured
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(arguments.rounds):
-        for name, way in ways.items():
-            start = time.process_time()
-            way()
-            times[name].append(time.process_time() - start)
+    times = measure(ways, arguments.rounds)
     print(f"{arguments.backbone}, {arguments.side} pixels, {arguments.classes} classes; CPU seconds")
-    for name, taken in times.items():
-        ratio = statistics.median(t / one for t, one in zip(taken, times["one"], strict=True))
-        print(f"{name:18} {statistics.median(taken):8.2f} s   {ratio:5.2f} x one, median of pairs")
+    print(table(times, "one"))
 
 
 if __name__ == "__main__":
