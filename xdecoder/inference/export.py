@@ -16,7 +16,7 @@ from xdecoder.model.xdecoder import XDecoder
 
 class FixedClasses(nn.Module):
     """float32[B, 3, H, W] in [0, 1] and bool[B, H, W] (True is padding) -> class probabilities float32[B, O,
-    K + 1], background last, and mask logits float32[B, O, h, w].
+    K + 1], no object last, and mask logits float32[B, O, h, w].
     """
 
     classes: Tensor

@@ -69,9 +69,10 @@ class Instances:
 
 @torch.no_grad()
 def semantic(class_probs: Tensor, mask_logits: Tensor, frame: Frame, handicap: Tensor | None = None) -> Array:
-    """The class of each pixel: argmax over c of sum_q p_q(c) sigmoid(m_q), no background (MaskFormer, 3.4).
+    """The class of each pixel: argmax over c of sum_q p_q(c) sigmoid(m_q), no-object left out (MaskFormer,
+    3.4).
 
-    class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w] -> int64[H, W].
+    class_probs float32[Q, K+1] (softmax, no object last), mask_logits float32[Q, h, w] -> int64[H, W].
     handicap float32[K] in [0, 1] is taken from the sums (ZegFormer's calibration).
     """
     votes = class_probs[:, :-1].float()
@@ -103,12 +104,12 @@ def panoptic(
 ) -> PanopticMap:
     """Non-overlapping segments by Mask2Former's rules, which, unlike MaskFormer's, cut to sigmoid >= 0.5.
 
-    A query is a candidate where its best class is not background and scores above `object_threshold`. It owns
+    A query is a candidate where its best class is not no-object and scores above `object_threshold`. It owns
     the pixels where score x sigmoid is largest, and gets those of them that it covers (sigmoid >= 0.5). It is
     dropped where it owns less than `overlap_threshold` of what it covers. Stuff of one class is one segment,
     with the best score of its parts.
 
-    class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w], things bool[K].
+    class_probs float32[Q, K+1] (softmax, no object last), mask_logits float32[Q, h, w], things bool[K].
     """
     scores, classes = class_probs.float().max(-1)
     kept = (classes < class_probs.shape[1] - 1) & (scores > object_threshold)
@@ -132,7 +133,7 @@ def instances(
     The score is the class's times the mean mask probability inside the mask (logit > 0); pairs with an empty
     mask are dropped, so fewer than `top_k` may come back.
 
-    class_probs float32[Q, K+1] (softmax, background last), mask_logits float32[Q, h, w], things bool[K].
+    class_probs float32[Q, K+1] (softmax, no object last), mask_logits float32[Q, h, w], things bool[K].
     """
     flat = class_probs[:, :-1].float().flatten()
     scores, order = flat.topk(min(top_k, flat.numel()))

@@ -30,9 +30,8 @@ class Size:
     multiply_adds      of one picture of side `side`, encoded and asked one request without words
     weights_bytes      of a GPU: weights, gradients and AdamW's state
     activations_bytes  of a GPU: what is kept for the gradient of its share of the pictures, a request each.
-                       An upper estimate: in float32 and with attention written out (on CPU in float32 1.2 to
-                       1.4 times what PyTorch keeps of three recipes at 256 pixels); losses and words add
-                       to it
+                       An upper estimate: in float32 and with attention written out; losses and words add to
+                       it
     """
 
     parameters: dict[str, int]
@@ -92,8 +91,8 @@ def _kept_bytes(model: XDecoder, side: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         pixels = model.encode(images, torch.zeros_like(images[:, 0], dtype=torch.bool))
         outputs = model.decoder(pixels, Request(pattern="segmentation", images=rows, task=task))
-        masks = [model.masks(p, pixels, rows) for p in outputs.predictions]
-        del masks
+        for prediction in outputs.predictions:
+            model.masks(prediction, pixels, rows)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

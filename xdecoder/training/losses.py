@@ -134,7 +134,7 @@ def pixel_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def class_loss(logits: Tensor, labels: Tensor, pairs: Pairs, no_object: float) -> Tensor:
-    """Weighted cross-entropy over K classes and background, summed over predictions.
+    """Weighted cross-entropy over K classes and no-object, summed over predictions.
 
     logits   float[L, R, O, K + 1]; labels int64[R, M]; pairs from `match`; unmatched latents want the last
     column, which weighs `no_object`; the mean divides by the sum of weights, as PyTorch's does
