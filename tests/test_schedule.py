@@ -1,7 +1,6 @@
-"""Rebuilds by the clock: what a schedule may say, and a scheduler that is killed, comes back and never doubles."""
+"""Rebuilds by the clock: what a schedule may say; a scheduler that is killed comes back and never doubles."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,12 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs import rebuild, schedule
+from jobs import schedule
 from jobs.__main__ import main
-from jobs.store import Busy, rebuild_lock
-from pipelines.catalog import Catalog
 from schemas import cron
-from schemas.jobs import JobFileError, RebuildJob, ScheduleConfig, load
+from schemas.jobs import JobFileError, ScheduleConfig, load
 
 ROOT = Path(__file__).resolve().parents[1]
 REBUILD = ROOT / "jobs" / "rebuild.yaml"
@@ -123,7 +120,10 @@ def test_the_hour_is_that_of_the_time_zone_also_when_summer_time_begins() -> Non
     [
         ("cron=0 3 * *", "has 4 fields; write five, minute hour day month weekday"),
         ("cron=60 3 * * *", "minute '60': it is 0 to 59"),
-        ("cron=0 3 * * mno", "weekday 'mno': it is 0 to 7, or sun, mon, tue, wed, thu, fri, sat; did you mean"),
+        (
+            "cron=0 3 * * mno",
+            "weekday 'mno': it is 0 to 7, or sun, mon, tue, wed, thu, fri, sat; did you mean",
+        ),
         ("cron=0 3 5-1 * *", "day '5-1': the range ends before it begins"),
         ("cron=0 3 5/2 * *", "a step needs a range, e.g. 5-31/2"),
         ("cron='*/0 3 * * *'", "the step is '0'"),
