@@ -1,4 +1,4 @@
-"""The cluster files: Kubernetes, KubeRay and Ray would take them, and what they call exists.
+"""The cluster files: Kubernetes, KubeRay and Ray would take them; what they call, and their page says, holds.
 
 The schemas in tests/schemas are extracts of the published ones; each says of what.
 """
@@ -16,13 +16,18 @@ from typing import Any
 import jsonschema
 import pytest
 import ray.autoscaler
+import torch
 import yaml
 from click.testing import CliRunner
+from ray.runtime_env import RuntimeEnv
 from ray.scripts import scripts
 
 from jobs.__main__ import _parser, _with_command
 from jobs.schedule import STOP_S
 from schemas.jobs import PretrainJob, RebuildJob, load
+from xdecoder.model import size
+from xdecoder.model.files import unfetched
+from xdecoder.model.xdecoder import XDecoder
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "jobs" / "deploy"
@@ -69,10 +74,8 @@ def containers(node: Any) -> Iterator[dict[str, Any]]:
             yield from containers(inner)
 
 
-@pytest.mark.parametrize(
-    ("file", "document"), MANIFESTS, ids=lambda x: x if isinstance(x, str) else x["kind"]
-)
-def test_the_published_schema_takes_it(file: str, document: dict[str, Any]) -> None:
+@pytest.mark.parametrize("document", MANIFESTS, ids=lambda document: str(document["kind"]))
+def test_the_published_schema_takes_it(document: dict[str, Any]) -> None:
     assert problems(document) == []
 
 
@@ -125,11 +128,11 @@ def test_a_training_on_kubernetes_finds_the_cpus_and_gpus_that_it_asks_for() -> 
     assert isinstance(job, PretrainJob)
     (group,) = job_spec["rayClusterSpec"]["workerGroupSpecs"]
     (worker,) = containers(group)
-    have = {
-        name: int(n) * group["replicas"] for name, n in worker["resources"]["limits"].items() if n.isdigit()
-    }
-    assert job.train.num_workers <= have["nvidia.com/gpu"]
-    assert job.train.num_workers * job.train.cpus_per_worker <= have["cpu"]
+    cpus, gpus = (
+        int(worker["resources"]["limits"][name]) * group["replicas"] for name in ("cpu", "nvidia.com/gpu")
+    )
+    assert job.train.num_workers <= gpus
+    assert job.train.num_workers * job.train.cpus_per_worker <= cpus
 
 
 def test_every_job_file_that_is_named_is_there() -> None:
@@ -196,3 +199,103 @@ def test_the_service_starts_the_scheduler_and_gives_it_time_to_stop() -> None:
     arguments = _parser().parse_args(_with_command(words[words.index("jobs") + 1 :]))
     assert [load(ROOT / file) for file in arguments.files]
     assert service["KillMode"] == "mixed" and float(service["TimeoutStopSec"]) > STOP_S
+
+
+# ------------------------------------------------------------------------------------- the page for clusters
+
+PAGE = TEXTS["README.md"]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def snippets(folder: Path) -> list[PretrainJob]:
+    """The job files that the page shows."""
+    jobs = []
+    for text in (text for language, text in BLOCKS if language == "yaml"):
+        path = folder / "snippet.yaml"
+        path.write_text(text.replace("extends: ", f"extends: {ROOT}/"), encoding="utf-8")
+        job = load(path)
+        assert isinstance(job, PretrainJob)
+        jobs.append(job)
+    return jobs
+
+
+def row(start: str) -> list[str]:
+    """The cells of the one row of the page's tables that starts so."""
+    (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| {start}"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_the_page_names_all_files_and_no_others() -> None:
+    named = set(re.findall(r"^\| `([\w.-]+)` \|", PAGE, re.MULTILINE)) | {"README.md", "runtime-env.yaml"}
+    assert named == set(TEXTS)
+
+
+def test_what_is_to_be_set_for_8_64_and_512_gpus_can_be_set(tmp_path: Path) -> None:
+    jobs = [job.train for job in snippets(tmp_path)]
+    gpus = [train.num_workers for train in jobs]
+    assert gpus == [8, 64, 512]
+    shares = [
+        f"{t.batch.segmentation // n}, {t.batch.image_text // n}" for t, n in zip(jobs, gpus, strict=True)
+    ]
+    assert shares == row("pictures, pairs a GPU")
+    seen = [f"{train.steps * train.batch.segmentation:,}".replace(",", " ") for train in jobs]
+    assert seen == row("pictures seen")
+    paper = load(ROOT / "jobs" / "recipes" / "xdecoder.yaml")
+    assert isinstance(paper, PretrainJob)
+    for train in jobs:
+        scale = train.batch.segmentation / paper.train.batch.segmentation
+        assert train.optim.lr == pytest.approx(paper.train.optim.lr * scale**0.5, rel=0.02)
+
+
+def test_memory_and_volumes_are_those_of_the_recipes(tmp_path: Path) -> None:
+    """Of the memory one figure, as the others took the same way and a second each."""
+    jobs = snippets(tmp_path)
+    first = size.measure(jobs[0].model, jobs[0].train)
+    assert row("memory of a GPU")[0] == f"{(first.weights_bytes + first.activations_bytes) / 2**30:.1f} GiB"
+    for recipe in ("xdecoder", "xdecoder_focal_l", "mask2former"):
+        job = load(ROOT / "jobs" / "recipes" / f"{recipe}.yaml")
+        assert isinstance(job, PretrainJob)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in XDecoder(unfetched(job.model)).parameters())
+        (line,) = (line for line in PAGE.splitlines() if f"`recipes/{recipe}.yaml`" in line and "GB" in line)
+        # gradients are sent twice, in parts: reduced, then gathered; AdamW keeps two moments of a weight
+        volumes = [f"{count * factor / 1e9:.2f} GB" for factor in (8, 12, 4)]
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == [f"{count / 1e6:.2f} M", *volumes]
+    checkpoints = [-(-job.train.steps // job.train.checkpoint_every) for job in jobs]
+    assert list(map(str, checkpoints)) == row("checkpoints of a training")
+    assert [f"{n * first.total * 12 / 1e9:.0f} GB" for n in checkpoints] == row("written in all")
+    assert row("kept at the end") == [f"{first.total * 28 / 1e9:.1f} GB"] * 3
+
+
+def test_a_checkpoint_holds_twelve_bytes_a_parameter(tmp_path: Path) -> None:
+    from tiny import VOCABULARY, model, samples, train_config
+
+    from xdecoder.training import checkpoint
+    from xdecoder.training.trainer import Trainer
+
+    config = model(width=128, ffn=1024).config
+    trainer = Trainer(config, train_config(), VOCABULARY)
+    batches = [trainer.make_batch(stream)(samples(4), list(range(4))) for stream in trainer.streams]
+    trainer.train_step(tuple(batches))
+    checkpoint.save(trainer, tmp_path)
+    written = sum(path.stat().st_size for path in tmp_path.iterdir())
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    assert written == pytest.approx(12 * parameters, rel=0.05)
+
+
+def test_ray_takes_what_is_typed_to_submit() -> None:
+    lines = [
+        line.partition("  #")[0]
+        for language, text in BLOCKS
+        if language == "sh"
+        for line in text.splitlines()
+    ]
+    typed = "\n".join(lines)
+    assert used("ray job submit", typed) <= options("job", "submit")
+    assert used("ray get-auth-token", typed) <= options("get-auth-token")
+    for line in lines:
+        if line.startswith("ray job submit"):
+            load(ROOT / shlex.split(line)[-1])
+    environment = yaml.safe_load(TEXTS["runtime-env.yaml"])
+    assert RuntimeEnv(pip=environment["pip"])["pip"]["packages"] == environment["pip"]["packages"]
+    assert set(environment) == {"working_dir", "pip"}
