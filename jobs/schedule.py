@@ -28,6 +28,7 @@ from apscheduler.events import (
 from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.cron import CronTrigger
+from sqlalchemy import inspect
 
 from jobs import console
 from jobs.store import Busy, read_json, resolve, scheduler_lock, write_json
@@ -116,6 +117,8 @@ def listing(store: Path) -> list[dict[str, Any]]:
     if not _database(store).is_file():
         return []
     jobs = _job_store(store)
+    if not inspect(jobs.engine).has_table(jobs.jobs_t.name):  # a scheduler is about to make it
+        return []
     jobs.start(BackgroundScheduler(timezone=UTC), "default")  # of which nothing is started
     return [_row(job, history(store, job.id)) for job in jobs.get_all_jobs()]
 

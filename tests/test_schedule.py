@@ -6,15 +6,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from apscheduler.schedulers.background import BackgroundScheduler
 from PIL import Image
 
 from jobs import schedule
 from jobs.__main__ import main
+from jobs.store import Busy, rebuild_lock
+from pipelines.catalog import Catalog
 from schemas import cron
 from schemas.jobs import JobFileError, ScheduleConfig, load
 
@@ -196,3 +199,64 @@ def test_a_killed_scheduler_makes_up_for_what_was_missed_once(
     assert main(["schedule", "--list", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["dataset"] == "mine" and row["file"] == str(file) and row["next run"].endswith("UTC")
+
+
+def test_many_missed_runs_are_made_up_by_one_and_old_ones_by_none(
+    store: Path, tmp_path: Path, scheduler: Scheduler
+) -> None:
+    """What a machine leaves that was off for five hours: the next run of each file lies in the past."""
+    now = datetime.now(UTC)
+    fresh = job_file(tmp_path, "fresh", schedule={"cron": "*/10 * * * *"})
+    stale = job_file(tmp_path, "stale", schedule={"cron": "0 0 1 1 *", "grace_s": 60})
+    off = BackgroundScheduler(jobstores={"default": schedule._job_store(store)}, timezone=UTC)
+    off.start(paused=True)
+    schedule._enlist(off, store, schedule._plans(store, [fresh, stale]))
+    off.modify_job("fresh", next_run_time=now - timedelta(hours=5))
+    off.modify_job("stale", next_run_time=datetime(now.year, 1, 1, tzinfo=UTC))
+    off.remove_jobstore("default")
+    off.shutdown()
+    for file in (fresh, stale):
+        file.write_text("kind: nothing\n", encoding="utf-8")  # so that a run is short
+
+    process = scheduler()
+    until(lambda: runs(store, "failed", dataset="fresh"), process)
+    until(lambda: runs(store, "missed", dataset="stale"), process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert len(schedule.history(store, "fresh")) == len(schedule.history(store, "stale")) == 1
+
+
+def test_a_second_scheduler_of_a_store_is_refused(
+    store: Path, tmp_path: Path, scheduler: Scheduler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = scheduler(job_file(tmp_path, schedule={"cron": "0 0 1 1 *"}))
+    until(lambda: (store / "locks" / "schedule").is_file() and schedule.listing(store), process)
+    assert main(["schedule"]) == Busy.exit_status
+    assert f" {process.pid})" in capsys.readouterr().err
+
+
+def test_two_rebuilds_of_a_dataset_never_run_at_a_time(
+    store: Path,
+    tmp_path: Path,
+    ray_session: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    file = job_file(tmp_path)
+    with rebuild_lock(store, "mine"):
+        assert main([str(file)]) == Busy.exit_status
+        assert "is being rebuilt by another process" in capsys.readouterr().err
+        schedule.fire("mine", str(file), str(tmp_path), str(store))
+    with Catalog(store, "mine").building():  # by something that is no job file
+        assert main([str(file)]) == Busy.exit_status
+    assert Catalog(store, "mine").current() is None
+    schedule.fire("mine", str(file), str(tmp_path), str(store))
+    assert [(run.status, run.exit_code) for run in schedule.history(store, "mine")] == [
+        ("skipped", Busy.exit_status),
+        ("done", 0),
+    ]
+    assert Catalog(store, "mine").current() is not None
