@@ -1,10 +1,11 @@
 """The door: `python -m jobs`. It reads the command line, calls, prints; nothing is decided here.
 
     python -m jobs FILE.yaml [a.b=value ...] [--dry-run]   run a job file, as `ray job submit FILE.yaml` does
+    python -m jobs schedule [FILE.yaml ...] [--list]       run job files when their `schedule` says
     python -m jobs demo DIR | datasets ... | models ... | predict ... | import CHECKPOINT | story
 
 What a user can mend is one message on stderr and exit status 2; XDECODER_TRACEBACK=1 shows where it came
-from. A promotion that was required and refused is status 1.
+from. A promotion that was required and refused is status 1, what another process is already at is 75.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("XDECODER_TRACEBACK"):
             raise
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return error.exit_status if isinstance(error, store.Busy) else 2
     return status
 
 
@@ -50,6 +51,18 @@ def _run(arguments: argparse.Namespace) -> int:
     outcome = dispatch.run(job, store.resolve(job.store), str(arguments.file))
     console.report(outcome, as_json=arguments.json)
     return 1 if outcome.refused else 0
+
+
+def _schedule(arguments: argparse.Namespace) -> int:
+    from jobs import schedule
+
+    root = store.resolve(arguments.store)
+    if arguments.list:
+        empty = f"no schedule in {root}; start one: python -m jobs schedule jobs/rebuild.yaml"
+        console.show(schedule.listing(root), as_json=arguments.json, empty=empty)
+    else:
+        schedule.serve(root, arguments.files)
+    return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -163,7 +176,7 @@ def _size(job: AnyJob) -> list[str]:
     return size.lines(size.measure(job.model, job.train))
 
 
-COMMANDS = ("run", "demo", "datasets", "models", "predict", "import", "story")
+COMMANDS = ("run", "schedule", "demo", "datasets", "models", "predict", "import", "story")
 
 
 def _with_command(argv: list[str]) -> list[str]:
@@ -179,6 +192,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("file", type=Path)
     command.add_argument("overrides", nargs="*", metavar="a.b=value")
     command.add_argument("--dry-run", action="store_true", help="print the resolved file and its size")
+
+    command = _stored(_command(commands, "schedule", _schedule, "run job files when their schedule says"))
+    command.add_argument("files", nargs="*", type=Path, metavar="FILE", help="by default those of last time")
+    command.add_argument("--list", action="store_true", help="next runs and last results; starts nothing")
 
     command = _command(commands, "demo", _demo, "write the demo corpora in their public formats")
     command.add_argument("folder", type=Path, metavar="DIR")

@@ -5,10 +5,11 @@ import hashlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel
 
@@ -78,11 +79,53 @@ def write_json(path: Path, document: Any) -> None:
     unfinished.replace(path)
 
 
+class Busy(ValueError):
+    """Another process is at it; the same command will do later. The exit status is that of sysexits.h."""
+
+    exit_status = os.EX_TEMPFAIL
+
+
 @contextmanager
 def promotion_lock(store: Path, model: str) -> Iterator[None]:
     """One promotion of a model at a time; others wait. The system frees the lock when the process ends."""
-    path = store / "locks" / f"promote-{model}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with _lock_file(store, f"promote-{model}") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def rebuild_lock(store: Path, dataset: str) -> Iterator[None]:
+    """One rebuild of a dataset at a time, with all that follows it. Raises `Busy` where another runs."""
+    with _alone(store, f"rebuild-{dataset}", f"dataset {dataset!r} is being rebuilt by another process"):
+        yield
+
+
+@contextmanager
+def scheduler_lock(store: Path) -> Iterator[None]:
+    """One scheduler a store. Raises `Busy` where another runs."""
+    with _alone(store, "schedule", f"another scheduler keeps the schedule of {store}"):
+        yield
+
+
+@contextmanager
+def _alone(store: Path, name: str, refusal: str) -> Iterator[None]:
+    """A lock that nobody waits for; the file says who has it."""
+    with _lock_file(store, name) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = file.read().strip() or "unknown"
+            raise Busy(f"{refusal} (host and process: {holder}); wait for it, or end it") from None
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _lock_file(store: Path, name: str) -> Iterator[IO[str]]:
+    path = store / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        yield file

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from schemas.cron import is_time_zone, parse
 from schemas.tasks import TASKS, Task
 
 Positive = Annotated[int, Field(gt=0)]
@@ -32,6 +33,11 @@ def _one_place(prompt: str) -> str:
     if prompt.count("{}") != 1 or "{" in prompt.replace("{}", ""):
         raise ValueError(f"prompt {prompt!r} must hold {{}} once, for the name of a class")
     return prompt
+
+
+def _a_cron(expression: str) -> str:
+    parse(expression)
+    return expression
 
 
 Prompts = Annotated[tuple[Annotated[str, AfterValidator(_one_place)], ...], Field(min_length=1)]
@@ -470,11 +476,31 @@ class Job(Settings):
     store: str = Field(default="store", description="XDECODER_STORE overrides it")
 
 
+class ScheduleConfig(Settings):
+    """When the scheduler runs a job file: `python -m jobs schedule FILE.yaml`."""
+
+    cron: Annotated[str, AfterValidator(_a_cron)] = Field(
+        description="minute hour day month weekday, e.g. 0 3 * * *; a sixth field, in front, is the second"
+    )
+    time_zone: Annotated[str, AfterValidator(is_time_zone)] = Field(
+        default="UTC", description="in which cron is read, e.g. Europe/Berlin"
+    )
+    grace_s: Positive = Field(
+        default=43200,
+        description="of the runs that nobody was there to start, the last one is made up if not older",
+    )
+
+
 class RebuildJob(Job):
     """corpora -> a new dataset version."""
 
     kind: Literal["rebuild"]
     dataset: Name = "demo"
+    schedule: ScheduleConfig | None = Field(default=None, description="for `python -m jobs schedule`")
+    on_success: tuple[str, ...] = Field(
+        default=(),
+        description="job files, relative to this one, run in turn once for every new version",
+    )
     demo: DemoConfig | None = Field(
         default=None, description="write the demo corpora first; corpora may be empty then"
     )

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import SMALL_SHARDS
 from tiny import MODEL
 
 from jobs import console, dispatch, journal
 from jobs.console import Outcome
 from jobs.tracking import TrackingError, connect
 from pipelines.catalog import DatasetVersion
-from schemas.jobs import load
+from schemas.jobs import CorpusConfig, load
 from schemas.tasks import TASKS
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
@@ -146,6 +147,36 @@ def test_evaluation_is_computed_once_and_promotion_follows_the_rules(store: Path
     champion = tracker.champion("demo")
     assert champion is not None and champion.version == 2 and champion.tags["decision"] == "promoted"
     assert tracker.rollback("demo")[1].version == 1
+
+
+def test_what_follows_a_version_runs_once_and_a_failure_is_tried_again(
+    store: Path, first: Outcome, demo_corpora: tuple[CorpusConfig, ...], tmp_path: Path
+) -> None:
+    def write(name: str, **document: object) -> None:
+        (tmp_path / name).write_text(json.dumps(document), encoding="utf-8")
+
+    def rebuild() -> Outcome:
+        return dispatch.run(load(tmp_path / "rebuild.yaml"), store, str(tmp_path / "rebuild.yaml"))
+
+    corpora = [corpus.model_dump(mode="json") for corpus in demo_corpora]
+    follows = {"kind": "rebuild", "corpora": corpora, "build": SMALL_SHARDS.model_dump()}
+    quick = {"limit": 4, "pictures": 1, "max_caption_tokens": 6}
+    write("evaluate.yaml", extends=str(JOBS / "evaluate.yaml"), version=1, evaluate=quick)
+    write("promote.yaml", extends=str(JOBS / "promote.yaml"), registered_model="absent", evaluate=quick)
+
+    write("rebuild.yaml", **follows, on_success=["rebuild.yaml"])
+    with pytest.raises(ValueError, match="is a rebuild itself"):
+        rebuild()
+    write("rebuild.yaml", **follows, on_success=["evaluate.yaml", "promote.yaml"])
+    with pytest.raises(ValueError, match=r"is published, but .*promote\.yaml, which follows, failed"):
+        rebuild()
+    candidate = {"candidate": 1, "rules": [{"task": "panoptic", "metric": "PQ", "tolerance": 100}]}
+    write("promote.yaml", extends=str(JOBS / "promote.yaml"), promote=candidate, evaluate=quick)
+    second, third = rebuild(), rebuild()
+    assert not second.facts["new"]  # the version is served; what follows it was left undone
+    assert {title.partition(":")[0] for title in second.tables} == {"promote.yaml"}
+    assert second.facts["followed by"] == third.facts["followed by"] == ["evaluate.yaml", "promote.yaml"]
+    assert not third.tables
 
 
 def test_an_outcome_can_be_printed_both_ways(first: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
