@@ -3,6 +3,8 @@
     <store>/datasets/<name>/shards/        content-addressed tars, shared by all versions
                            /versions/<id>/ manifest.parquet samples.parquet rejects.parquet dataset.json
                            /current.json   which version is served, and which one before it
+                           /cache/         what the next build need not find out again; safe to delete
+                           /work/          while a build runs
 
 The id of a version is a digest of its content. A version appears in one rename, and the pointer moves last,
 so whatever kills a build leaves the previous version served. What goes into a version is decided in
@@ -29,6 +31,7 @@ from schemas.records import Record
 from schemas.taxonomy import Category, Taxonomy
 
 _TABLES = ("manifest", "samples", "rejects")
+_ROWS_AT_ONCE = 10_000  # as Python objects, for the digest; part of the id of every version
 
 
 class CatalogError(ValueError):
@@ -48,11 +51,14 @@ class SourceCard(Record):
 class Counts(Record):
     """What one split holds: samples, and annotations of each kind."""
 
-    samples: int
-    segments: int
-    referring: int
-    captions: int
-    questions: int
+    samples: int = 0
+    segments: int = 0
+    referring: int = 0
+    captions: int = 0
+    questions: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(**{name: number + getattr(other, name) for name, number in self})
 
 
 class DatasetCard(Record):
@@ -153,6 +159,7 @@ class Catalog:
         self.dataset = dataset
         self.root = Path(store).absolute() / "datasets" / dataset
         self.shards_root = self.root / "shards"
+        self.cache = self.root / "cache"
 
     def versions(self) -> tuple[str, ...]:
         """Ids, oldest first."""
@@ -204,6 +211,14 @@ class Catalog:
         self._point(card.version)
         return new
 
+    def serve(self, version: str) -> None:
+        """Make a version that is there the current one. Where it is, nothing is written."""
+        self._point(version)
+
+    def files(self, version: str) -> list[Path]:
+        """What a version consists of, beside its shards."""
+        return sorted((self.root / "versions" / version).iterdir())
+
     def rollback(self) -> str:
         """Serve the previous version again, and return its id. A second call undoes the first.
 
@@ -250,6 +265,18 @@ class Catalog:
             sweep(self.shards_root)
             yield
 
+    @contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """An empty folder for what a build needs while it runs. Only inside `building`."""
+        work = self.root / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        self.cache.mkdir(exist_ok=True)
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
     def _pointer(self) -> Pointer | None:
         path = self.root / "current.json"
         try:
@@ -270,13 +297,15 @@ class Catalog:
 
 def content_id(card: DatasetCard, manifest: pa.Table, samples: pa.Table, rejects: pa.Table) -> str:
     """The id of a version, 16 hex digits, from its content alone: no code, time, machine or absolute path."""
-    parts = [
+    said = [
         card.schema_version,
         [(name, taxonomy.model_dump(mode="json")) for name, taxonomy in card.taxonomies.items()],
         card.answers,
-        manifest.to_pylist(),
-        samples.to_pylist(),
-        # a detail may hold the absolute path of a file
-        rejects.drop_columns(["detail"]).to_pylist(),
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    # a detail may hold the absolute path of a file, a record the number of its line
+    for table in (manifest, samples, rejects.select(["corpus", "split", "reason"])):
+        for start in range(0, len(table), _ROWS_AT_ONCE):
+            rows = table.slice(start, _ROWS_AT_ONCE).to_pylist()
+            total.update(json.dumps(rows, sort_keys=True).encode())
+    return total.hexdigest()[:16]

@@ -7,8 +7,10 @@ follows from the facts is decided in curate.py.
 import hashlib
 import io
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,18 +57,17 @@ class Facts:
     detail: str = ""
 
 
-def inspect_table(files: pa.Table, max_pixels: int) -> pa.Table:
-    """Columns kind ("image" or "labels") and path -> FACTS, in the same order."""
+def rows_of(files: Mapping[tuple[str, str], Facts]) -> list[dict[str, Any]]:
+    """Facts by (kind, path) -> rows of FACTS, in the same order."""
     rows = []
-    for kind, path in zip(files["kind"].to_pylist(), files["path"].to_pylist(), strict=True):
-        facts = inspect(kind, Path(path), max_pixels)
+    for (kind, path), facts in files.items():
         flat = [n for i, r in facts.regions.items() for n in (i, r.area, *r.bbox)]
         rows.append(vars(facts) | {"kind": kind, "path": path, "regions": flat})
-    return pa.Table.from_pylist(rows, schema=FACTS)
+    return rows
 
 
 def facts_by_file(table: pa.Table) -> dict[tuple[str, str], Facts]:
-    """FACTS -> facts by (kind, path)."""
+    """FACTS -> facts by (kind, path), in the same order."""
     found = {}
     for row in table.to_pylist():
         numbers = np.reshape(row.pop("regions"), (-1, 6)).astype(np.int64).tolist()

@@ -305,6 +305,13 @@ class BuildConfig(Settings):
         default=0.05, description="above it the build stops and publishes nothing"
     )
     max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected unread")
+    cpus_per_task: float = Field(default=1, gt=0, description="CPUs that a task takes of the cluster's")
+    memory_per_task_mb: NonNegative = Field(
+        default=0, description="memory that a task reserves of the cluster's; 0 reserves none"
+    )
+    object_store_mb: NonNegative = Field(
+        default=0, description="what the build may take of Ray's object store; 0 leaves it to Ray"
+    )
 
 
 class DatasetRef(Settings):
