@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
 import pyarrow as pa
@@ -23,7 +22,7 @@ from pipelines.corpora import readers
 from pipelines.corpora.rows import Row
 from pipelines.curate import Curated, Files, curate
 from pipelines.parallel import WorkerError, inspect_files, write_shards
-from pipelines.shards import Receipt, ShardPlan, file_sha256, plan, sample_row
+from pipelines.shards import Receipt, ShardPlan, plan, sample_row
 from schemas.jobs import BuildConfig, CorpusConfig
 from schemas.records import MANIFEST, REJECTS, SAMPLES, SCHEMA_VERSION, Reject, SampleMeta, Split
 from schemas.taxonomy import Taxonomy
@@ -113,11 +112,11 @@ def _read(corpora: Sequence[CorpusConfig]) -> _Reading:
         for item in readers.read(corpus):
             (rejects if isinstance(item, Reject) else rows).append(item)  # type: ignore[arg-type]
         log.info("read %s (%s, %s): %d rows", corpus.name, corpus.format, corpus.split, len(rows) - before)
-        taxonomy = readers.taxonomy(corpus)
-        if taxonomy is not None and taxonomies.setdefault(taxonomy.name, taxonomy) != taxonomy:
-            raise BuildError(
-                f"the splits of corpus {corpus.name!r} list different categories; give them two names"
-            )
+        for taxonomy in readers.taxonomies(corpus):
+            if taxonomies.setdefault(taxonomy.name, taxonomy) != taxonomy:
+                raise BuildError(
+                    f"the splits of corpus {taxonomy.name!r} list different categories; give them two names"
+                )
     _check_kinds(taxonomies)
     return _Reading(
         rows=tuple(rows),
@@ -140,13 +139,12 @@ def _check_kinds(taxonomies: dict[str, Taxonomy]) -> None:
 
 
 def _source(corpus: CorpusConfig) -> SourceCard:
-    names = [name for name in (corpus.annotations, corpus.instances, corpus.questions) if name]
     return SourceCard(
         corpus=corpus.name,
         format=corpus.format,
         split=corpus.split,
         licence=corpus.licence,
-        files={name: file_sha256(Path(corpus.root) / name) for name in names},
+        files=readers.fingerprints(corpus),
     )
 
 

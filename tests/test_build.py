@@ -22,7 +22,8 @@ from pipelines.build import BuildError, BuildReport, build
 from pipelines.catalog import Catalog
 from pipelines.corpora.rows import CorpusError, Row
 from pipelines.curate import curate, sample_key
-from pipelines.inspection import Facts, Region, inspect, regions_of
+from pipelines.inspection import Facts, inspect
+from pipelines.labels import Region, regions_of
 from pipelines.shards import Entry
 from pipelines.stream import read_samples
 from schemas.jobs import BuildConfig, CorpusConfig
@@ -473,7 +474,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     Image.new("1", (20000, 20000)).save(path)
     started = time.monotonic()
     for limit in (1000, 10**12):
-        assert inspect("image", path, limit).fault == "pixels"
+        assert inspect("image", str(path), limit).fault == "pixels"
     assert time.monotonic() - started < 1
 
 
