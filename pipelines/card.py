@@ -50,14 +50,10 @@ def taxonomies(harvests: Sequence[Harvest]) -> dict[str, Taxonomy]:
     """Of all corpora, by name. Raises `BuildError` where two of them contradict each other."""
     found: dict[str, Taxonomy] = {}
     kinds: dict[str, tuple[bool, str]] = {}
-    for harvest in harvests:
-        taxonomy = harvest.taxonomy
-        if taxonomy is None:
-            continue
+    for taxonomy in (taxonomy for harvest in harvests for taxonomy in harvest.taxonomies):
         if found.setdefault(taxonomy.name, taxonomy) != taxonomy:
             raise BuildError(
-                f"the splits of corpus {harvest.source.corpus!r} list different categories; "
-                "give them two names"
+                f"the splits of corpus {taxonomy.name!r} list different categories; give them two names"
             )
         for category in taxonomy.categories:  # predictions carry the name of a class alone
             isthing, other = kinds.setdefault(category.name, (category.isthing, taxonomy.name))

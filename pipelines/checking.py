@@ -12,7 +12,7 @@ from pipelines.corpora.rows import Row
 from pipelines.curate import files_of, refusal, sample_key
 from pipelines.facts import Files, facts_of
 from pipelines.inspection import Facts
-from pipelines.reading import ROW
+from pipelines.reading import Rows
 from pipelines.spool import CHECKED, mapped, save, within
 from schemas.records import REJECTS, Record
 
@@ -41,19 +41,22 @@ class CheckReport(Record):
 def check(order: CheckOrder) -> CheckReport:
     """Rows of a part -> checked rows and rejects, on disk. Raises `OSError` where they cannot be written."""
     work = Path(order.work)
-    rows = [(corpus, ROW.validate_json(document), document) for corpus, document in _rows(work, order.prefix)]
-    wanted = dict.fromkeys(file for _, row, _ in rows for file in files_of(row))
+    documents, rows = list(_documents(work, order.prefix)), Rows(work)
+    found = [rows.row(*document) for document in documents]
+    wanted = dict.fromkeys(file for row in found for file in files_of(row))
     files, num_inspected = facts_of(wanted, Path(order.facts), order.prefix, order.max_pixels)
     checked, refused = [], []
-    for corpus, row, document in rows:
+    for (corpus, rule, document), row in zip(documents, found, strict=True):
         reject = refusal(row, files)
         if reject is None:
-            checked.append(_checked(corpus, row, document, files))
+            checked.append(decided_by(corpus, rule, row, document, files))
         else:
             refused.append(reject.model_dump())
     save(work / f"checked-{order.part:04d}.arrow", pa.Table.from_pylist(checked, schema=CHECKED))
     save(work / f"refused-{order.part:04d}.arrow", pa.Table.from_pylist(refused, schema=REJECTS))
-    return CheckReport(part=order.part, num_rows=len(rows), num_files=len(files), num_inspected=num_inspected)
+    return CheckReport(
+        part=order.part, num_rows=len(found), num_files=len(files), num_inspected=num_inspected
+    )
 
 
 def facts_in(document: bytes) -> Files:
@@ -61,24 +64,27 @@ def facts_in(document: bytes) -> Files:
     return {(kind, place): facts for kind, place, facts in FACTS_OF_ROW.validate_json(document)}
 
 
-def _rows(work: Path, prefix: str) -> Iterator[tuple[int, bytes]]:
-    """The part's slice of every run."""
+def _documents(work: Path, prefix: str) -> Iterator[tuple[int, int, bytes]]:
+    """The part's slice of every run: corpus, rule, document."""
     for path in sorted(work.glob("run-*.arrow")):
         run = mapped(path)
         chosen = within(prefix, run["hash"].to_numpy())
         part = run.slice(chosen.start, chosen.stop - chosen.start)
-        yield from zip(part["corpus"].to_pylist(), part["document"].to_pylist(), strict=True)
+        columns = (part[name].to_pylist() for name in ("corpus", "rule", "document"))
+        yield from zip(*columns, strict=True)
 
 
-def _checked(corpus: int, row: Row, document: bytes, files: Files) -> dict[str, Any]:
+def decided_by(corpus: int, rule: int, row: Row, document: bytes, files: Files) -> dict[str, Any]:
+    """A row of CHECKED."""
     sha256 = files["image", row.image_path].sha256
     return {
         "corpus": corpus,
+        "rule": rule,
         "held_out": row.split == "val",
         "image_high": int(sha256[:16], 16),
         "image_low": int(sha256[16:32], 16),
         "tie": int.from_bytes(hashlib.sha256(document).digest()[:8]),
-        "labelled": row.segments is not None,
+        "labelled": row.labels_path is not None,
         "key": sample_key(row.corpus, row.image_id),
         "document": document,
         "facts": FACTS_OF_ROW.dump_json([(*file, files[file]) for file in files_of(row)]),

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 from pipelines.corpora.rows import Row
 from pipelines.facts import Files
 from pipelines.inspection import Facts
+from pipelines.labels import LabelError, segments_of
 from pipelines.shards import MAX_SEGMENTS, Entry
 from schemas.records import Reject, SampleMeta, Segment
 
@@ -37,9 +38,8 @@ def refusal(row: Row, files: Files) -> Reject | None:
     """Why the row cannot be used; None where it can."""
     try:
         _check_image(row, files["image", row.image_path])
-        if row.segments is not None:
-            _check_labels(row, files["image", row.image_path], files["labels", str(row.labels_path)])
-        if not (row.segments or row.referring or row.captions or row.questions):
+        segments = _segments(row, files)
+        if not (segments or row.referring or row.captions or row.questions):
             raise _Refused("unannotated", "nothing is said about this image")
     except _Refused as refused:
         return reject(row, refused.reason, refused.detail)
@@ -67,29 +67,50 @@ def _check_image(row: Row, image: Facts) -> None:
         raise _Refused("size", f"annotated as height, width {wrong[0]}, the file is {found}")
 
 
+def _segments(row: Row, files: Files) -> tuple[Segment, ...]:
+    """Those that are listed or follow from the rule, areas and boxes as the pixels have them."""
+    if row.labels_path is None:
+        return ()
+    labels = files["labels", row.labels_path]
+    _check_labels(row, files["image", row.image_path], labels)
+    if row.rule is None:
+        listed = row.segments or ()
+        _check_listed(row, {segment.id for segment in listed}, labels)
+        return tuple(s.model_copy(update=vars(labels.regions[s.id])) for s in listed)
+    try:
+        return segments_of(row.rule, labels.regions)
+    except LabelError as error:
+        raise _Refused(error.fault, f"{_short(row)}: {error.detail}") from None
+
+
+def _short(row: Row) -> str:
+    """The label place, which may hold masks, cut."""
+    return f"{row.labels_path:.200}"
+
+
 def _check_labels(row: Row, image: Facts, labels: Facts) -> None:
     if labels.fault:
         raise _Refused(labels.fault, labels.detail)
     if (labels.height, labels.width) != (image.height, image.width):
         sizes = f"{(labels.height, labels.width)}, the image {(image.height, image.width)}"
-        raise _Refused("size", f"{row.labels_path} has height, width {sizes}")
-    listed = {segment.id for segment in row.segments or ()}
+        raise _Refused("size", f"{_short(row)} has height, width {sizes}")
+    if len(labels.regions) > MAX_SEGMENTS:
+        raise _Refused("segments", f"{_short(row)}: {len(labels.regions)} segments, at most {MAX_SEGMENTS}")
+
+
+def _check_listed(row: Row, listed: set[int], labels: Facts) -> None:
     if listed != labels.regions.keys():
         unlisted, absent = (
             sorted(labels.regions.keys() - listed)[:5],
             sorted(listed - labels.regions.keys())[:5],
         )
-        raise _Refused(
-            "segments", f"{row.labels_path}: ids not listed {unlisted}, ids without pixels {absent}"
-        )
-    if len(listed) > MAX_SEGMENTS:
-        raise _Refused("segments", f"{row.labels_path}: {len(listed)} segments, at most {MAX_SEGMENTS}")
+        raise _Refused("segments", f"{_short(row)}: ids not listed {unlisted}, ids without pixels {absent}")
 
 
 def entry(key: str, group: Sequence[Row], files: Files) -> Entry:
     """The sample of all rows of one image, of one split; at most one of them has segments."""
     first, image = group[0], files["image", group[0].image_path]
-    labelled = next((row for row in group if row.segments is not None), None)
+    labelled = next((row for row in group if row.labels_path is not None), None)
     labels = files["labels", str(labelled.labels_path)] if labelled else None
     meta = SampleMeta(
         key=key,
@@ -98,11 +119,11 @@ def entry(key: str, group: Sequence[Row], files: Files) -> Entry:
         width=image.width,
         sha256=image.sha256,
         taxonomy=labelled.taxonomy if labelled else None,
-        segments=_measured(labelled.segments or (), labels) if labelled and labels else None,
+        segments=_segments(labelled, files) if labelled else None,
         referring=_distinct(r for row in group for r in row.referring),
         captions=_distinct(c for row in group for c in row.captions),
         questions=_distinct(q for row in group for q in row.questions),
-        sources=tuple(row.source for row in group),
+        sources=tuple(source for row in group for source in (row.source, *row.origins)),
     )
     return Entry(
         meta=meta,
@@ -111,11 +132,6 @@ def entry(key: str, group: Sequence[Row], files: Files) -> Entry:
         labels_sha256=labels.sha256 if labels else "",
         size_bytes=image.size_bytes + (labels.size_bytes if labels else 0),
     )
-
-
-def _measured(segments: Sequence[Segment], labels: Facts) -> tuple[Segment, ...]:
-    """Areas and boxes as the pixels have them, whatever the annotation says."""
-    return tuple(s.model_copy(update=vars(labels.regions[s.id])) for s in segments)
 
 
 def _distinct(items: Iterable[T]) -> tuple[T, ...]:

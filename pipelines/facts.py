@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines import labels, places
 from pipelines.atomic import appearing
 from pipelines.inspection import FACTS, Facts, facts_by_file, inspect, rows_of
 
@@ -51,14 +52,14 @@ def facts_of(
 
     Raises `OSError` where the cache cannot be written.
     """
-    stamps = {file: _stamp(file) for file in wanted}
+    stamps = {file: _stamp(*file) for file in wanted}
     cached = _cached(folder, prefix)
     facts: dict[tuple[str, str], Facts] = {}
     found_out = 0
     for (kind, place), now in stamps.items():
         then, known = cached.get((kind, place), ((), None))
         if known is None or not now or then != now:
-            known, found_out = inspect(kind, Path(place), max_pixels), found_out + 1
+            known, found_out = inspect(kind, place, max_pixels), found_out + 1
         facts[kind, place] = known
     kept = {file: known for file, known in facts.items() if stamps[file]}
     if found_out or not (folder / f"{prefix}.parquet").is_file() or len(cached) != len(kept):
@@ -79,12 +80,14 @@ def forget_others(cache: Path, folder: Path, parts: Iterable[str]) -> None:
             other.rmdir()
 
 
-def _stamp(file: tuple[str, str]) -> tuple[int, ...]:
-    """Of a file; empty where it cannot be told, so that nothing is remembered."""
+def _stamp(kind: str, place: str) -> tuple[int, ...]:
+    """Of the files that hold something; empty where it cannot be told, so that nothing is remembered."""
+    holders = labels.holders(place) if kind == "labels" else (place,)
     try:
-        return stamp(file[1])
+        stamps = [stamp(places.holder(holder)) for holder in holders]
     except OSError:
         return ()
+    return (len(stamps), *(number for one in stamps for number in one))
 
 
 def _cached(folder: Path, prefix: str) -> dict[tuple[str, str], tuple[tuple[int, ...], Facts]]:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from pipelines.catalog import Counts
 from pipelines.checking import facts_in
 from pipelines.curate import entry
-from pipelines.reading import ROW
+from pipelines.reading import Rows
 from pipelines.shards import Entry
 from pipelines.spool import ENTRIES, gather, mapped, save
 from schemas.records import Record, SampleMeta
@@ -73,12 +73,13 @@ def _entries(order: JoinOrder, work: Path) -> Iterator[Entry]:
         return
     files = [work / f"checked-{part:04d}.arrow" for part in range(order.num_parts)]
     places = members["part"].to_numpy(), members["row"].to_numpy()
-    found = gather(files, *places, ["document", "facts"]).to_pylist()
+    found = gather(files, *places, ["corpus", "rule", "document", "facts"]).to_pylist()
     named = zip(members["sample"].to_pylist(), members["key"].to_pylist(), found, strict=True)
+    rows = Rows(work)
     for (_, key), group in groupby(named, key=lambda member: member[:2]):
-        rows = [document for *_, document in group]
-        files_of_rows = {f: facts for row in rows for f, facts in facts_in(row["facts"]).items()}
-        yield entry(key, [ROW.validate_json(row["document"]) for row in rows], files_of_rows)
+        one = [row for *_, row in group]
+        of_files = {file: facts for row in one for file, facts in facts_in(row.pop("facts")).items()}
+        yield entry(key, [rows.row(**row) for row in one], of_files)
 
 
 def _row(sample: Entry) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A corpus to rows on disk: what its reader yields, in an order that does not depend on its files' order."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from pipelines.atomic import write_atomically
 from pipelines.catalog import SourceCard
 from pipelines.corpora import readers
 from pipelines.corpora.rows import Row
-from pipelines.shards import file_sha256
+from pipelines.labels import SegmentRule
 from pipelines.spool import RUN, save
 from schemas.jobs import CorpusConfig
 from schemas.records import REJECTS, Record, Reject
@@ -38,7 +40,7 @@ class Harvest(Record):
     number: int
     num_rows: int
     num_rejects: int
-    taxonomy: Taxonomy | None
+    taxonomies: tuple[Taxonomy, ...]
     source: SourceCard
 
 
@@ -46,29 +48,50 @@ def harvest(order: HarvestOrder) -> Harvest:
     """Read one corpus. Raises `CorpusError`, and `OSError` where nothing can be written."""
     corpus, number, folder = order.corpus, order.number, Path(order.work)
     rejects: list[dict[str, Any]] = []
-    documents: list[bytes] = []
-    hashes: list[int] = []
-    num_rows = num_runs = size_bytes = 0
+    run = _Run()
+    rules: dict[str, int] = {}  # one serves all rows of a corpus: it is stored once
+    num_rows = num_runs = 0
     for item in readers.read(corpus):
         if isinstance(item, Reject):
             rejects.append(item.model_dump())
             continue
-        documents.append(ROW.dump_json(in_order(item)))
-        hashes.append(place_hash(item.image_path))
+        rule = rules.setdefault(item.rule.model_dump_json(), len(rules)) if item.rule else -1
+        run.add(in_order(item), rule)
         num_rows += 1
-        size_bytes += len(documents[-1])
-        if size_bytes >= RUN_BYTES:
-            _save_run(folder / f"run-{number:04d}-{num_runs:04d}.arrow", number, hashes, documents)
-            documents, hashes, size_bytes, num_runs = [], [], 0, num_runs + 1
-    _save_run(folder / f"run-{number:04d}-{num_runs:04d}.arrow", number, hashes, documents)
+        if run.size_bytes >= RUN_BYTES:
+            run.save(folder / f"run-{number:04d}-{num_runs:04d}.arrow", number)
+            run, num_runs = _Run(), num_runs + 1
+    run.save(folder / f"run-{number:04d}-{num_runs:04d}.arrow", number)
+    write_atomically(folder / f"rules-{number:04d}.json", json.dumps(list(rules)).encode(), durable=False)
     save(folder / f"unread-{number:04d}.arrow", pa.Table.from_pylist(rejects, schema=REJECTS))
     return Harvest(
         number=number,
         num_rows=num_rows,
         num_rejects=len(rejects),
-        taxonomy=readers.taxonomy(corpus),
-        source=_source(corpus),
+        taxonomies=readers.taxonomies(corpus),
+        source=SourceCard(
+            corpus=corpus.name,
+            format=corpus.format,
+            split=corpus.split,
+            licence=corpus.licence,
+            files=readers.fingerprints(corpus),
+        ),
     )
+
+
+class Rows:
+    """From documents back to rows, with the rules of the corpora that lie in `work`."""
+
+    def __init__(self, work: Path) -> None:
+        self._rules = {
+            int(path.stem.removeprefix("rules-")): [SegmentRule.model_validate_json(r) for r in listed]
+            for path in work.glob("rules-*.json")
+            if (listed := json.loads(path.read_bytes()))
+        }
+
+    def row(self, corpus: int, rule: int, document: bytes) -> Row:
+        row = ROW.validate_json(document)
+        return row if rule < 0 else replace(row, rule=self._rules[corpus][rule])
 
 
 def in_order(row: Row) -> Row:
@@ -100,26 +123,31 @@ def _sorted(items: Sequence[T], ids: Sequence[str]) -> tuple[T, ...]:
     return tuple(sorted(items, key=str))
 
 
-def _save_run(path: Path, number: int, hashes: list[int], documents: list[bytes]) -> None:
-    by_hash = np.array(hashes, dtype=np.uint64)
-    order = np.argsort(by_hash, kind="stable")
-    table = pa.table(
-        {
-            "hash": by_hash[order],
-            "corpus": np.full(len(order), number, dtype=np.int32),
-            "document": pa.array([documents[i] for i in order], pa.binary()),
-        },
-        schema=RUN,
-    )
-    save(path, table)
+class _Run:
+    """Rows on their way to disk."""
 
+    def __init__(self) -> None:
+        self.hashes: list[int] = []
+        self.rules: list[int] = []
+        self.documents: list[bytes] = []
+        self.size_bytes = 0
 
-def _source(corpus: CorpusConfig) -> SourceCard:
-    names = [name for name in (corpus.annotations, corpus.instances, corpus.questions) if name]
-    return SourceCard(
-        corpus=corpus.name,
-        format=corpus.format,
-        split=corpus.split,
-        licence=corpus.licence,
-        files={name: file_sha256(Path(corpus.root) / name) for name in names},
-    )
+    def add(self, row: Row, rule: int) -> None:
+        self.hashes.append(place_hash(row.image_path))
+        self.rules.append(rule)
+        self.documents.append(ROW.dump_json(row, exclude={"rule"}))
+        self.size_bytes += len(self.documents[-1])
+
+    def save(self, path: Path, number: int) -> None:
+        hashes = np.array(self.hashes, dtype=np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        table = pa.table(
+            {
+                "hash": hashes[order],
+                "corpus": np.full(len(order), number, dtype=np.int32),
+                "rule": np.array(self.rules, dtype=np.int32)[order],
+                "document": pa.array([self.documents[i] for i in order], pa.binary()),
+            },
+            schema=RUN,
+        )
+        save(path, table)

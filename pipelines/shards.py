@@ -17,8 +17,10 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
+from pipelines import labels, places
 from pipelines.atomic import appearing, write_atomically
-from schemas.masks import Array, rgb_to_ids
+from pipelines.labels import LabelError
+from schemas.masks import Array
 from schemas.records import Record, SampleMeta, Split
 from schemas.tasks import STREAM_FIELDS, Stream
 
@@ -32,7 +34,7 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A sample to be written. `meta.segments` still hold the RGB ids of `labels_path`."""
+    """A sample to be written. `meta.segments` still hold the ids of `labels_path` (a label place)."""
 
     meta: SampleMeta
     image_path: str
@@ -133,7 +135,7 @@ def meta_json(meta: SampleMeta) -> bytes:
 
 def _members(entry: Entry) -> list[tuple[str, bytes]]:
     """Names and contents, in the order of the names."""
-    image = Path(entry.image_path).read_bytes()
+    image = places.read(entry.image_path)
     if _sha256(image) != entry.meta.sha256:
         raise ShardError(
             f"{entry.image_path} changed during the build; run it again when the corpus is at rest"
@@ -149,14 +151,16 @@ def _members(entry: Entry) -> list[tuple[str, bytes]]:
 
 
 def _index_map(entry: Entry) -> bytes:
-    """The RGB label map as a PNG of one channel, 1..n in the order of the segments: decodes 3.5x faster."""
-    segments = entry.meta.segments or ()
-    with Image.open(str(entry.labels_path), formats=("PNG",)) as image:
-        ids = rgb_to_ids(np.asarray(image.convert("RGB")))
+    """The label map as a PNG of one channel, 1..n in the order of the segments: decodes 3.5x faster."""
+    meta, segments = entry.meta, entry.meta.segments or ()
+    try:
+        ids = labels.read(str(entry.labels_path), meta.height * meta.width).ids
+    except LabelError as error:
+        raise ShardError(f"{entry.labels_path:.200}: {error.detail}") from None
     indices = _renumber(ids, [segment.id for segment in segments])
     if np.bincount(indices.ravel(), minlength=len(segments) + 1)[1:].tolist() != [s.area for s in segments]:
         raise ShardError(
-            f"{entry.labels_path} changed during the build; run it again when the corpus is at rest"
+            f"{entry.labels_path:.200} changed during the build; run it again when the corpus is at rest"
         )
     sink = io.BytesIO()
     Image.fromarray(indices.astype(np.uint8 if len(segments) < 256 else np.uint16)).save(sink, "PNG")

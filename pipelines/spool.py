@@ -15,14 +15,16 @@ from schemas.masks import Array
 from schemas.records import PARTS
 
 # What the reader of a corpus yielded, in runs that are sorted by `hash` (of the image's place). `corpus` is
-# the position in the list of corpora, `document` the Row as JSON.
-RUN = pa.schema({"hash": pa.uint64(), "corpus": pa.int32(), "document": pa.binary()})
+# the position in the list of corpora, `document` the Row as JSON less its rule, `rule` the number of that
+# among the corpus's, or -1.
+RUN = pa.schema({"hash": pa.uint64(), "corpus": pa.int32(), "rule": pa.int32(), "document": pa.binary()})
 
 # Rows whose files are good, with what is decided by. `image` is 128 bits of the image's sha256, `tie` 64 bits
 # of the document's, `facts` what inspection found of the row's files.
 CHECKED = pa.schema(
     {
         "corpus": pa.int32(),
+        "rule": pa.int32(),
         "held_out": pa.bool_(),
         "image_high": pa.uint64(),
         "image_low": pa.uint64(),

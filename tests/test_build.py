@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -22,12 +24,13 @@ from PIL import Image
 from pipelines import curate
 from pipelines.build import BuildError, BuildReport, build
 from pipelines.catalog import Catalog
-from pipelines.checking import _checked
+from pipelines.checking import decided_by
 from pipelines.corpora.rows import CorpusError, Row
 from pipelines.curate import refusal, sample_key
 from pipelines.facts import Files
 from pipelines.grouping import REASONS, group, light_rows
-from pipelines.inspection import Facts, Region, inspect, regions_of
+from pipelines.inspection import Facts, inspect
+from pipelines.labels import Region, regions_of
 from pipelines.planning import Plan, plan
 from pipelines.reading import ROW
 from pipelines.shards import Entry
@@ -70,14 +73,33 @@ def reasons(catalog: Catalog) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ same in, same out
 
 
-def test_the_bytes_do_not_depend_on_workers_place_or_time(
+def shuffle(corpus: CorpusConfig, chance: random.Random) -> None:
+    """Put the records of an annotation file into another order."""
+    path = Path(corpus.root) / corpus.annotations
+    if corpus.format == "captions_tsv":
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("\n".join([header, *chance.sample(lines, len(lines))]) + "\n", encoding="utf-8")
+    elif corpus.format == "refcoco":
+        refs = pickle.loads(path.read_bytes())
+        path.write_bytes(pickle.dumps(chance.sample(refs, len(refs)), protocol=2))
+    else:
+        for name in filter(None, (corpus.annotations, corpus.questions)):
+            document = json.loads((Path(corpus.root) / name).read_text())
+            for section in {"images", "annotations", "questions"} & document.keys():
+                chance.shuffle(document[section])
+            (Path(corpus.root) / name).write_text(json.dumps(document))
+
+
+def test_the_bytes_do_not_depend_on_workers_place_time_or_the_order_of_records(
     demo_corpora: tuple[CorpusConfig, ...], world: tuple[CorpusConfig, ...], tmp_path: Path
 ) -> None:
-    one, two = Catalog(tmp_path / "one", "demo"), Catalog(tmp_path / "two", "demo")
+    one, four = Catalog(tmp_path / "one", "demo"), Catalog(tmp_path / "four", "demo")
     first = build(demo_corpora, CONFIG.model_copy(update={"num_workers": 1}), one)
-    second = build(world, CONFIG.model_copy(update={"num_workers": 2}), two)
+    for corpus in world:
+        shuffle(corpus, random.Random(7))
+    second = build(world, CONFIG.model_copy(update={"num_workers": 4}), four)
     assert first.version == second.version
-    assert hashes(one) == hashes(two) != {}
+    assert hashes(one) == hashes(four) != {}
     assert first.num_shards == len(hashes(one))
 
 
@@ -89,8 +111,14 @@ def test_a_rebuild_with_nothing_changed_writes_nothing(
     before = stamps(catalog)
     again = build(demo_corpora, CONFIG, catalog)
     assert first.new and first.shards_written == first.num_shards and first.bytes_written > 0
-    assert not again.new and again.shards_written == again.bytes_written == 0
+    assert not again.new and again.shards_written == again.bytes_written == again.inspected == 0
     assert again.version == first.version and stamps(catalog) == before
+    shutil.rmtree(catalog.cache)  # it may be lost
+    third = build(demo_corpora, CONFIG, catalog)
+    assert third.inspected == first.inspected > 0 and third.shards_written == 0 and not third.new
+    assert {p: t for p, t in stamps(catalog).items() if p.is_file() and "cache" not in p.parts} == {
+        p: t for p, t in before.items() if p.is_file() and "cache" not in p.parts
+    }
 
 
 def test_one_changed_caption_rewrites_one_shard(world: tuple[CorpusConfig, ...], tmp_path: Path) -> None:
@@ -102,7 +130,7 @@ def test_one_changed_caption_rewrites_one_shard(world: tuple[CorpusConfig, ...],
     lines[1] = lines[1].split("\t")[0] + "\tsomething else entirely"
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     second = build(world, CONFIG, catalog)
-    assert second.new and second.shards_written == 1
+    assert second.new and second.shards_written == 1 and second.inspected == 0
     diff = catalog.diff(first.version, second.version)
     assert len(diff.changed) == len(diff.shards_added) == len(diff.shards_removed) == 1
     assert diff.added == diff.removed == ()
@@ -460,7 +488,7 @@ def grouped(rows: list[Row], files: Files, folder: Path) -> tuple[list[Entry], d
     """Samples, and the reasons of the rejects by record: what a build does with rows of one corpus."""
     checked = [row for row in rows if refusal(row, files) is None]
     refused = [r for r in (refusal(row, files) for row in rows) if r is not None]
-    documents = [_checked(0, row, ROW.dump_json(row), files) for row in checked]
+    documents = [decided_by(0, -1, row, ROW.dump_json(row), files) for row in checked]
     save(folder / "checked-0000.arrow", pa.Table.from_pylist(documents, schema=CHECKED))
     light = light_rows([folder / "checked-0000.arrow"])
     groups = group(light)
@@ -523,7 +551,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     Image.new("1", (20000, 20000)).save(path)
     started = time.monotonic()
     for limit in (1000, 10**12):
-        assert inspect("image", path, limit).fault == "pixels"
+        assert inspect("image", str(path), limit).fault == "pixels"
     assert time.monotonic() - started < 1
 
 

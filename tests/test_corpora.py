@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipelines.corpora.readers import READERS, read, taxonomy
+from pipelines.corpora.readers import READERS, read, taxonomies
 from pipelines.corpora.rows import CorpusError, Row
 from schemas.jobs import CorpusConfig
 from schemas.masks import decode_rle
@@ -175,9 +175,9 @@ def test_panoptic_keeps_ids_categories_and_licence(root: Path) -> None:
 
 
 def test_the_taxonomy_keeps_the_order_of_the_file(root: Path) -> None:
-    found = taxonomy(corpus(root, "coco_panoptic"))
-    assert found and found.names == ("grass", "dog") and found.things == {"dog"}
-    assert taxonomy(corpus(root, "refcoco")) is None
+    (found,) = taxonomies(corpus(root, "coco_panoptic"))
+    assert found.names == ("grass", "dog") and found.things == {"dog"}
+    assert taxonomies(corpus(root, "refcoco")) == ()
 
 
 def test_refs_carry_their_mask_and_split(root: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_bad_category_list_is_an_error(root: Path) -> None:
     for categories in ([dog, dog | {"id": 2}], [], [{"id": 1, "name": "dog"}]):
         write(root, "panoptic.json", panoptic() | {"categories": categories})
         with pytest.raises(CorpusError, match=r"panoptic\.json"):
-            taxonomy(corpus(root, "coco_panoptic"))
+            taxonomies(corpus(root, "coco_panoptic"))
 
 
 # ------------------------------------------------------------------------------------------ one record
@@ -574,8 +574,8 @@ def test_real_panoptic(name: str, labels: str, images: int, segments: int | None
     )
     rows, rejects = both(config)
     assert (len(rows), rejects) == (images, [])
-    found = taxonomy(config)
-    assert found and len(found.names) == classes
+    (found,) = taxonomies(config)
+    assert len(found.names) == classes
     assert {s.category for row in rows for s in row.segments or ()} <= set(found.names)
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipelines.corpora.rows import CorpusError, Reason, Refusal
 from schemas.jobs import CorpusConfig
 
+CONTAINERS = (".tar", ".parquet", ".arrow")  # files that may hold the images themselves
 MAX_TEXT = 10_000  # characters; chosen by us, far beyond any caption, so that one record cannot fill a memory
 
 # the bound also makes pydantic refuse what cannot be encoded, which neither Arrow nor JSON would carry
@@ -44,6 +45,20 @@ def annotation_file(corpus: CorpusConfig, setting: Literal["annotations", "insta
     if not path.is_file():
         raise CorpusError(f"{where}: {setting}: no file {path}; correct `root` or `{setting}`")
     return path
+
+
+def matching(corpus: CorpusConfig, pattern: str) -> list[Path]:
+    """The files below the root that a name or a pattern with `*` means, sorted. Raises `CorpusError`."""
+    where = f"corpus {corpus.name!r} ({corpus.format}, {corpus.split})"
+    if pattern.startswith("/") or ".." in Path(pattern).parts:
+        raise CorpusError(f"{where}: {pattern!r} leaves its root {corpus.root!r}; move it below the root")
+    root = Path(corpus.root).resolve()
+    found = sorted(path.resolve() for path in root.glob(pattern) if path.is_file())
+    if not found:
+        raise CorpusError(f"{where}: no file {root / pattern}; correct `root` or the pattern")
+    if outside := [path for path in found if not path.is_relative_to(root)]:
+        raise CorpusError(f"{where}: {outside[0]} lies outside the root {root}; copy it there")
+    return found
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """The table of formats. A format is a function from a corpus to rows and rejects; a new one is a new line."""
 
+import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from pipelines.corpora import captions_tsv, coco_captions, coco_panoptic, refcoco, vqa_v2
+from pipelines.corpora.files import CONTAINERS, matching
 from pipelines.corpora.rows import CorpusError, Row
 from schemas.jobs import CorpusConfig, Format
 from schemas.records import Reject
@@ -40,9 +43,28 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         )
 
 
-def taxonomy(corpus: CorpusConfig) -> Taxonomy | None:
-    """The classes that the corpus labels, in the order of its file; None where its format labels none.
+def taxonomies(corpus: CorpusConfig) -> tuple[Taxonomy, ...]:
+    """The class lists that the rows' `taxonomy` names, in the order of their files; none of texts alone.
 
     `seen` is true for all of them here: which classes have a mask in training only the build knows.
     """
-    return coco_panoptic.taxonomy(corpus) if corpus.format == "coco_panoptic" else None
+    return (coco_panoptic.taxonomy(corpus),) if corpus.format == "coco_panoptic" else ()
+
+
+def fingerprints(corpus: CorpusConfig) -> dict[str, str]:
+    """What the card of a version says of each annotation file: its sha256, or "N bytes" of one with images.
+
+    Names are relative to the root. Raises `CorpusError`, and `OSError` where a file cannot be read.
+    """
+    found = {}
+    for name in (corpus.annotations, corpus.instances, corpus.questions):
+        for path in matching(corpus, name) if name else ():
+            relative = path.relative_to(Path(corpus.root).resolve()).as_posix()
+            whole = path.suffix not in CONTAINERS  # reading terabytes only to hash them would take hours
+            found[relative] = _sha256(path) if whole else f"{path.stat().st_size} bytes"
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
