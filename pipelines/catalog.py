@@ -123,7 +123,7 @@ class DatasetVersion:
         kept = tuple(c for c in merged.values() if c.seen or not seen_only)
         if not kept:
             raise CatalogError(
-                f"dataset {self.card.dataset!r} {self.id} has no classes: add a coco_panoptic corpus"
+                f"dataset {self.card.dataset!r} {self.id} has no classes: add a corpus with segments"
             )
         return Taxonomy(name=self.card.dataset, categories=kept)
 

@@ -24,7 +24,7 @@ Load = Callable[[str], Image.Image]
 
 # ADE20K's full form is customarily kept as 16-bit TIFF
 _FORMATS = ("PNG", "TIFF")
-_CLASS = 256  # VOC: an object has at most 8 bits
+CLASS_FACTOR = 256  # VOC: an object has at most 8 bits
 
 
 class LabelError(ValueError):
@@ -186,9 +186,9 @@ def _class_object(parts: Sequence[str], load: Load) -> Array:
     classes, objects = (_one_channel(load(part)) for part in parts)
     if classes.shape != objects.shape:
         raise LabelError("size", f"classes are {classes.shape}, objects {objects.shape} pixels")
-    if objects.max(initial=0) >= _CLASS:
-        raise LabelError("corrupt", f"an object has number {objects.max()}, at most {_CLASS - 1}")
-    return _CLASS * (classes + 1) + np.where(classes == _VOID, 0, objects)
+    if objects.max(initial=0) >= CLASS_FACTOR:
+        raise LabelError("corrupt", f"an object has number {objects.max()}, at most {CLASS_FACTOR - 1}")
+    return CLASS_FACTOR * (classes + 1) + np.where(classes == _VOID, 0, objects)
 
 
 _VOID = 255  # VOC's border between objects, in both PNGs

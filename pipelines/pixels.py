@@ -8,7 +8,7 @@ label map has no orientation: its pixels are taken as they lie.
 import io
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 PHOTOGRAPHS = ("JPEG", "PNG")  # the decoders that may see untrusted bytes
 
@@ -47,6 +47,7 @@ def decode(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Imag
 def upright(image: Image.Image) -> Image.Image:
     """Turn or mirror a photograph as its EXIF orientation says. Raises `PixelsError` where EXIF is broken."""
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception as error:  # EXIF is as untrusted as the pixels
         raise PixelsError("corrupt", f"EXIF: {type(error).__name__}: {error}") from None

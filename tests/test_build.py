@@ -124,7 +124,7 @@ def test_a_rebuild_with_nothing_changed_writes_nothing(
 def test_one_changed_caption_rewrites_one_shard(world: tuple[CorpusConfig, ...], tmp_path: Path) -> None:
     catalog = Catalog(tmp_path, "demo")
     first = build(world, CONFIG, catalog)
-    corpus = pick(world, "captions_tsv")
+    corpus = pick(world, "captions_table")
     table = Path(corpus.root) / corpus.annotations
     lines = table.read_text(encoding="utf-8").splitlines()
     lines[1] = lines[1].split("\t")[0] + "\tsomething else entirely"
@@ -310,7 +310,7 @@ def test_an_image_of_the_validation_split_never_reaches_training(
     world: tuple[CorpusConfig, ...], tmp_path: Path
 ) -> None:
     """Also under another name, and through another corpus."""
-    scenes, captions = pick(world, "coco_panoptic", "val"), pick(world, "captions_tsv")
+    scenes, captions = pick(world, "coco_panoptic", "val"), pick(world, "captions_table")
     image = sorted((Path(scenes.root) / scenes.images).iterdir())[0]
     first = (Path(captions.root) / captions.annotations).read_text().splitlines()[1].split("\t")[0]
     shutil.copy(image, Path(captions.root) / captions.images / first)

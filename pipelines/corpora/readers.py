@@ -4,21 +4,54 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipelines.corpora import captions_tsv, coco_captions, coco_panoptic, refcoco, vqa_v2
+from pipelines.corpora import (
+    captions_table,
+    cityscapes,
+    coco_captions,
+    coco_instances,
+    coco_panoptic,
+    dataset,
+    grounding,
+    index_maps,
+    karpathy,
+    refcoco,
+    visual_genome,
+    voc,
+    vqa_v2,
+    webdataset,
+)
 from pipelines.corpora.files import CONTAINERS, matching
 from pipelines.corpora.rows import CorpusError, Row
 from schemas.jobs import CorpusConfig, Format
 from schemas.records import Reject
-from schemas.taxonomy import Taxonomy
+from schemas.taxonomy import SHIPPED, Taxonomy
 
 Reader = Callable[[CorpusConfig], Iterator[Row | Reject]]
 
 READERS: dict[Format, Reader] = {
     "coco_panoptic": coco_panoptic.read,
+    "coco_instances": coco_instances.read,
+    "index_maps": index_maps.read,
+    "cityscapes": cityscapes.read,
+    "voc": voc.read,
     "refcoco": refcoco.read,
-    "captions_tsv": captions_tsv.read,
+    "grounding": grounding.read,
+    "visual_genome": visual_genome.read,
     "coco_captions": coco_captions.read,
+    "karpathy": karpathy.read,
+    "captions_table": captions_table.read,
+    "webdataset": webdataset.read,
     "vqa_v2": vqa_v2.read,
+    "dataset": dataset.read,
+}
+
+# Formats with segments: the one class list that their rows name.
+TAXONOMIES: dict[Format, Callable[[CorpusConfig], Taxonomy]] = {
+    "coco_panoptic": coco_panoptic.taxonomy,
+    "coco_instances": coco_instances.taxonomy,
+    "index_maps": index_maps.taxonomy,
+    "cityscapes": cityscapes.taxonomy,
+    "voc": voc.taxonomy,
 }
 
 
@@ -48,7 +81,9 @@ def taxonomies(corpus: CorpusConfig) -> tuple[Taxonomy, ...]:
 
     `seen` is true for all of them here: which classes have a mask in training only the build knows.
     """
-    return (coco_panoptic.taxonomy(corpus),) if corpus.format == "coco_panoptic" else ()
+    if corpus.format == "dataset":
+        return dataset.taxonomies(corpus)
+    return (TAXONOMIES[corpus.format](corpus),) if corpus.format in TAXONOMIES else ()
 
 
 def fingerprints(corpus: CorpusConfig) -> dict[str, str]:
@@ -57,9 +92,13 @@ def fingerprints(corpus: CorpusConfig) -> dict[str, str]:
     Names are relative to the root. Raises `CorpusError`, and `OSError` where a file cannot be read.
     """
     found = {}
-    for name in (corpus.annotations, corpus.instances, corpus.questions):
-        for path in matching(corpus, name) if name else ():
-            relative = path.relative_to(Path(corpus.root).resolve()).as_posix()
+    named = [corpus.annotations, corpus.instances, corpus.questions, corpus.classes]
+    if corpus.format == "dataset":
+        named.append("dataset.json")
+    root = Path(corpus.root).resolve()
+    for name in (name for name in named if name and name not in SHIPPED and not (root / name).is_dir()):
+        for path in matching(corpus, name):
+            relative = path.relative_to(root).as_posix()
             whole = path.suffix not in CONTAINERS  # reading terabytes only to hash them would take hours
             found[relative] = _sha256(path) if whole else f"{path.stat().st_size} bytes"
     return found
