@@ -73,11 +73,9 @@ def decide(num_rows: int) -> str:
         max_samples=500,
         max_bytes=256 * MB,
     )
-    return (
-        f"{num_rows} rows: {num_samples} samples in {len(planned.digests)} shards, {len(groups.refused)} refused; "
-        f"CPU {grouped - started:.1f} s to group, {time.process_time() - grouped:.1f} s to plan; "
-        f"peak {_peak_mb():.0f} MB, {before:.0f} MB of it the rows"
-    )
+    cpu = f"CPU {grouped - started:.1f} s to group, {time.process_time() - grouped:.1f} s to plan"
+    made = f"{num_samples} samples in {len(planned.digests)} shards, {len(groups.refused)} refused"
+    return f"{num_rows} rows: {made}; {cpu}; peak {_peak_mb():.0f} MB, {before:.0f} MB of it the rows"
 
 
 def _peak_mb() -> float:
@@ -117,10 +115,8 @@ def whole(num_samples: int, folder: Path) -> str:
     report = build([corpus], BuildConfig(), Catalog(folder / f"store-{num_samples}", "many"))
     watch.over.set()
     watch.join()
-    return (
-        f"{report.num_samples} samples in {report.seconds:.0f} s: most memory of the driver {watch.driver:.0f} MB, "
-        f"of a worker {watch.worker:.0f} MB"
-    )
+    most = f"driver {watch.driver:.0f} MB, any one worker {watch.worker:.0f} MB"
+    return f"{report.num_samples} samples in {report.seconds:.0f} s; at most: {most}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

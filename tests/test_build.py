@@ -76,7 +76,7 @@ def reasons(catalog: Catalog) -> dict[str, str]:
 def shuffle(corpus: CorpusConfig, chance: random.Random) -> None:
     """Put the records of an annotation file into another order."""
     path = Path(corpus.root) / corpus.annotations
-    if corpus.format == "captions_tsv":
+    if corpus.format == "captions_table":
         header, *lines = path.read_text(encoding="utf-8").splitlines()
         path.write_text("\n".join([header, *chance.sample(lines, len(lines))]) + "\n", encoding="utf-8")
     elif corpus.format == "refcoco":
