@@ -31,6 +31,8 @@ def decode(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Imag
             detail = f"{image.width} x {image.height} is more than {max_pixels} pixels"
             raise PixelsError("pixels", detail)
         image.load()
+        if image.format == "PNG":  # `load` stops at the last pixel and skips checksums
+            Image.open(io.BytesIO(data), formats=formats).verify()
     except PixelsError:
         raise
     except Image.DecompressionBombError as error:

@@ -57,48 +57,48 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
 
 
 def _samples(path: Path) -> Iterator[_Sample | Refusal]:
-    """Neighbouring members of one key; a refusal where the rest of the tar is lost."""
-    size = path.stat().st_size
+    """Neighbouring members of one key; a refusal where the tar breaks off.
+
+    The sample before the break is refused with it, because it may lack members that were lost.
+    """
+    size, end = path.stat().st_size, 0
     sample: _Sample | None = None
-    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 if not info.isreg() or info.issparse():
                     continue
-                end = info.offset_data + info.size
-                if end > size:
-                    raise tarfile.ReadError(f"{info.name!r:.100} claims {info.size} bytes")
-                key, _, suffix = _split(info.name)
-                if sample is None or key != sample.key:
-                    if sample is not None:
-                        yield sample
-                    sample = _Sample(key=key)
+                key, suffix = _split(info.name)
+                if sample is not None and key != sample.key:
+                    yield sample
+                    sample = None
+                sample = sample or _Sample(key=key)
                 if suffix in sample.members:
                     sample.twice.append(suffix)
                 sample.members[suffix] = (info.offset_data, info.size)
+                if info.offset_data + info.size > size:
+                    raise tarfile.ReadError(f"a member claims {info.size} bytes")
+                end = info.offset_data + info.size
+        if not _ends(path, end):
+            raise tarfile.ReadError("there is no end mark, so it was cut")
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         if sample is None:
             raise CorpusError(
                 f"{path}: not a plain tar ({error!s:.200}); decompress it, or fetch it again"
             ) from None
-        yield sample
-        yield Refusal("record", f"the tar is broken behind byte {end}: {error!s:.200}; what follows is lost")
+        lost = f"sample {ascii(sample.key):.200} and what follows are lost"
+        yield Refusal("record", f"the tar is broken behind byte {end}: {error!s:.200}; {lost}")
         return
     if sample is None:
         raise CorpusError(f"{path}: a tar without members")
     yield sample
-    if not _ends(path, end):
-        yield Refusal(
-            "record", f"the tar has no end mark behind byte {end}: it was cut, and samples are lost"
-        )
 
 
-def _split(name: str) -> tuple[str, str, str]:
+def _split(name: str) -> tuple[str, str]:
     """WebDataset's rule: the first dot of the last part of the path parts key and suffix."""
     folder, slash, base = name.rpartition("/")
-    key, dot, suffix = base.partition(".")
-    return folder + slash + key, dot, suffix.lower()
+    key, _, suffix = base.partition(".")
+    return folder + slash + key, suffix.lower()
 
 
 def _ends(path: Path, end: int) -> bool:
