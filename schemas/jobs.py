@@ -327,7 +327,9 @@ class CorpusConfig(Settings):
 
 
 class BuildConfig(Settings):
-    num_workers: Positive = Field(default=2, description="concurrent Ray tasks")
+    num_workers: Positive = Field(
+        default=2, description="concurrent Ray tasks; 1 works in the process of the job, without Ray"
+    )
     shard_samples: Positive = 500
     shard_mb: Positive = 256
     max_reject_share: Fraction = Field(

@@ -40,9 +40,9 @@ from schemas.jobs import BuildConfig, CorpusConfig
 from schemas.records import SampleMeta, Segment, Source
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-CONFIG = BuildConfig(shard_samples=8)
-
-pytestmark = pytest.mark.usefixtures("ray_session")
+# one worker needs no Ray, so that most laws are cheap to test; what is true of several is said of several
+CONFIG = BuildConfig(shard_samples=8, num_workers=1)
+SEVERAL = CONFIG.model_copy(update={"num_workers": 4})
 
 
 @pytest.fixture
@@ -90,14 +90,15 @@ def shuffle(corpus: CorpusConfig, chance: random.Random) -> None:
             (Path(corpus.root) / name).write_text(json.dumps(document))
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_the_bytes_do_not_depend_on_workers_place_time_or_the_order_of_records(
     demo_corpora: tuple[CorpusConfig, ...], world: tuple[CorpusConfig, ...], tmp_path: Path
 ) -> None:
     one, four = Catalog(tmp_path / "one", "demo"), Catalog(tmp_path / "four", "demo")
-    first = build(demo_corpora, CONFIG.model_copy(update={"num_workers": 1}), one)
+    first = build(demo_corpora, CONFIG, one)
     for corpus in world:
         shuffle(corpus, random.Random(7))
-    second = build(world, CONFIG.model_copy(update={"num_workers": 4}), four)
+    second = build(world, SEVERAL, four)
     assert first.version == second.version
     assert hashes(one) == hashes(four) != {}
     assert first.num_shards == len(hashes(one))
@@ -150,6 +151,7 @@ def test_a_damaged_shard_is_repaired_by_a_rebuild(
     catalog.open().verify()
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_killed_build_leaves_the_previous_version_and_the_next_one_finishes(
     world: tuple[CorpusConfig, ...], tmp_path: Path
 ) -> None:
@@ -182,7 +184,7 @@ def test_a_killed_build_leaves_the_previous_version_and_the_next_one_finishes(
     assert set(hashes(catalog)) > before, "the build was killed before it wrote"
     assert catalog.versions() == (served,) and catalog.current() == served
     catalog.open().verify()
-    finished = build(world, CONFIG, catalog)
+    finished = build(world, SEVERAL, catalog)
     assert finished.new and catalog.current() == finished.version
     assert finished.version == build(world, CONFIG, Catalog(tmp_path / "clean", "demo")).version
     catalog.open().verify()
@@ -199,7 +201,7 @@ from pipelines.catalog import Catalog
 from schemas.jobs import BuildConfig, CorpusConfig
 corpora = [CorpusConfig.model_validate_json(text) for text in sys.argv[3:]]
 ray.init(address=sys.argv[1], log_to_driver=False)
-build(corpora, BuildConfig(shard_samples=2, num_workers=1), Catalog(Path(sys.argv[2]), "demo"))
+build(corpora, BuildConfig(shard_samples=2, num_workers=2), Catalog(Path(sys.argv[2]), "demo"))
 """
 
 
@@ -377,8 +379,10 @@ def test_a_class_cannot_be_a_thing_and_stuff(world: tuple[CorpusConfig, ...], tm
         build([corpus, other], CONFIG, Catalog(tmp_path, "demo"))
 
 
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("config", [CONFIG, SEVERAL])
 def test_a_failing_worker_is_one_error_and_leaves_nothing(
-    world: tuple[CorpusConfig, ...], tmp_path: Path
+    world: tuple[CorpusConfig, ...], tmp_path: Path, config: BuildConfig
 ) -> None:
     catalog = Catalog(tmp_path / "store", "demo")
     build([pick(world, "coco_panoptic", "val")], CONFIG, catalog)
@@ -387,7 +391,7 @@ def test_a_failing_worker_is_one_error_and_leaves_nothing(
     entries = build_plan(world, tmp_path)
     (catalog.shards_root / entries[0]).mkdir()
     with pytest.raises(BuildError, match="a worker failed and nothing was published: .*directory"):
-        build([pick(world, "coco_panoptic")], CONFIG, catalog)
+        build([pick(world, "coco_panoptic")], config, catalog)
     assert catalog.versions() == (served,) and catalog.current() == served
     assert not list(catalog.root.rglob("*.tmp"))
 
