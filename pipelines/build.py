@@ -79,7 +79,7 @@ def build(
         raise BuildError("no corpora to build from; list some under `corpora`")
     with catalog.building(), _blaming_workers():
         reading = _read(corpora)
-        curated = curate(reading.rows, _inspect(reading.rows, config))
+        curated = curate(reading.rows, _inspect(reading.rows, config), config.curate)
         rejects = sorted((*reading.rejects, *curated.rejects), key=lambda r: tuple(r.model_dump().values()))
         _check_balance(corpora, reading, curated, rejects, config.max_reject_share)
         plans = plan(curated.entries, config.shard_samples, config.shard_mb * 2**20)

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageOps
 
+from pipelines.duplicates import SIDE, hashes, is_flat, thumbnail
 from schemas.masks import Array, rgb_to_ids
 
 FORMATS = {"image": ("JPEG", "PNG"), "labels": ("PNG",)}  # the decoders that may see untrusted bytes
 
 # One row a file. `fault` is empty where it is good; `regions` holds id, area, x, y, width, height of each id.
+# `thumbnail` and `hash` are those of pipelines/duplicates.py; empty and 0 for labels and where all is flat.
 FACTS = pa.schema(
     {
         "kind": pa.string(),
@@ -28,6 +30,8 @@ FACTS = pa.schema(
         "height": pa.int32(),
         "width": pa.int32(),
         "regions": pa.list_(pa.int64()),
+        "thumbnail": pa.binary(),
+        "hash": pa.uint64(),
         "fault": pa.string(),
         "detail": pa.string(),
     }
@@ -44,13 +48,18 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What one file is. `fault` is the reason of a reject, or empty; `regions` by id, of labels only."""
+    """What one file is. `fault` is the reason of a reject, or empty; `regions` by id, of labels only.
+
+    `thumbnail` and `hash` tell copies of an image (pipelines/duplicates.py); empty where they could not.
+    """
 
     sha256: str = ""
     size_bytes: int = 0
     height: int = 0
     width: int = 0
     regions: dict[int, Region]
+    thumbnail: bytes = b""
+    hash: int = 0
     fault: str = ""
     detail: str = ""
 
@@ -90,6 +99,7 @@ def inspect(kind: str, path: Path, max_pixels: int) -> Facts:
             return _faulty("pixels", path, f"{image.width} x {image.height} is more than {max_pixels} pixels")
         regions = regions_of(rgb_to_ids(np.asarray(image.convert("RGB")))) if kind == "labels" else {}
         image.load()
+        seen, hashed = _fingerprint(image) if kind == "image" else (b"", 0)
     except Image.DecompressionBombError as error:
         return _faulty("pixels", path, error)
     except Exception as error:  # what a decoder raises on hostile bytes is anything
@@ -100,7 +110,20 @@ def inspect(kind: str, path: Path, max_pixels: int) -> Facts:
         height=image.height,
         width=image.width,
         regions=regions,
+        thumbnail=seen,
+        hash=hashed,
     )
+
+
+def _fingerprint(image: Image.Image) -> tuple[bytes, int]:
+    """The thumbnail, upright, and its hash: about a seventh of the time that reading and decoding take."""
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 256)  # which `convert` would cut off at 255
+    shown = image if image.mode == "RGB" else image.convert("RGB")
+    small = shown.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=1.5)
+    upright = ImageOps.exif_transpose(small).convert("YCbCr")
+    seen = thumbnail(np.asarray(upright))
+    return (b"", 0) if is_flat(seen) else (seen.tobytes(), int(hashes(seen[None])[0]))
 
 
 def regions_of(ids: Array) -> dict[int, Region]:

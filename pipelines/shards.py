@@ -36,13 +36,17 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A sample to be written. `meta.segments` still hold the RGB ids of `labels_path`."""
+    """A sample to be written. `meta.segments` still hold the RGB ids of `labels_path`.
+
+    `copy_of` is the key of another sample that shows the same, if any.
+    """
 
     meta: SampleMeta
     image_path: str
     labels_path: str | None
     labels_sha256: str
     size_bytes: int
+    copy_of: str = ""
 
     @property
     def digest(self) -> str:
@@ -284,6 +288,7 @@ def sample_row(member: Member, entry: Entry, shard: ShardPlan) -> dict[str, Any]
         "offset": member.offset,
         "size_bytes": member.size_bytes,
         "sha256": member.sha256,
+        "copy_of": entry.copy_of,
         "segments": len(meta.segments or ()),
         "referring": len(meta.referring),
         "captions": len(meta.captions),

@@ -294,7 +294,19 @@ class CorpusConfig(Settings):
         default="", description="refcoco: the split inside the pickle; empty takes the split's name"
     )
     licence: str = ""
+    image_ids: Name | Literal[""] = Field(
+        default="",
+        description="whose numbers the images have, e.g. coco: one number in two corpora is one image",
+    )
     limit: NonNegative = Field(default=0, description="at most this many images; 0 is all")
+
+
+class CurateConfig(Settings):
+    """What is kept of what could be read. Images of evaluation splits leave training whatever is set."""
+
+    near_duplicates: Literal["keep", "reject"] = Field(
+        default="keep", description="training images that look the same: marked, or all but one refused"
+    )
 
 
 class BuildConfig(Settings):
@@ -305,6 +317,7 @@ class BuildConfig(Settings):
         default=0.05, description="above it the build stops and publishes nothing"
     )
     max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected unread")
+    curate: CurateConfig = CurateConfig()
 
 
 class DatasetRef(Settings):

@@ -169,7 +169,8 @@ MANIFEST = pa.schema(
     }
 )
 
-# samples.parquet: one row a sample, with the byte range of its members inside its shard.
+# samples.parquet: one row a sample, with the byte range of its members inside its shard; `copy_of` is the key
+# of a training sample that shows the same picture, or empty.
 SAMPLES = pa.schema(
     {
         "key": pa.string(),
@@ -179,6 +180,7 @@ SAMPLES = pa.schema(
         "offset": pa.int64(),
         "size_bytes": pa.int64(),
         "sha256": pa.string(),
+        "copy_of": pa.string(),
         "segments": pa.int32(),
         "referring": pa.int32(),
         "captions": pa.int32(),

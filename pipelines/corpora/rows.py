@@ -36,6 +36,7 @@ class Row:
 
     corpus, split   of the `CorpusConfig` it came from
     image_id        stable within the corpus, e.g. "397133"; a relative path where images have no number
+    image_number    of the image in a list that several corpora share, e.g. "coco 397133"; empty without one
     image_path      absolute, an existing file under the corpus root
     height, width   pixels as the annotation file states them, None where it does not
     taxonomy        name of the taxonomy that the segments' categories belong to
@@ -56,6 +57,7 @@ class Row:
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
     source: Source
+    image_number: str = ""
 
 
 def refuse(corpus: CorpusConfig, record: str, refusal: Refusal) -> Reject:
