@@ -17,6 +17,11 @@ def run(job: RebuildJob, store: Path, source: str) -> Outcome:
     corpora = job.corpora
     if job.demo is not None:
         corpora = (*demo.write(job.demo, store / job.demo.root), *corpora)
-    with cluster.session():
-        report = build(corpora, job.build, Catalog(store, job.dataset), code_version=code_version())
+    report = build(
+        corpora,
+        job.build,
+        Catalog(store, job.dataset),
+        code_version=code_version(),
+        session=cluster.session,
+    )
     return Outcome(facts={"dataset": job.dataset, **asdict(report)})

@@ -15,6 +15,7 @@ which the caller makes canonical. No files, no time, no chance.
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Protocol
 
 import numpy as np
 
@@ -41,6 +42,12 @@ _PAIRS = 1 << 20  # candidates compared at a time
 _VERIFIED = 256  # thumbnails aligned at a time: 20 MB
 
 
+class Thumbnails(Protocol):
+    """Gives uint8[n, 1152] for int64[n] rows: an array, or something that leaves them on disk until then."""
+
+    def __getitem__(self, rows: Array, /) -> Array: ...
+
+
 def thumbnail(pixels: Array) -> Array:
     """uint8[S, S, 3] of Y, Cb, Cr -> uint8[1152]: the brightness, then both colours 8 x 8."""
     cells = pixels[:, :, 1:].reshape(COLOUR_SIDE, SIDE // COLOUR_SIDE, COLOUR_SIDE, SIDE // COLOUR_SIDE, 2)
@@ -58,11 +65,10 @@ def hashes(thumbnails: Array) -> Array:
     return _window_hashes(thumbnails, _PLAIN, _PLAIN)[:, 0]
 
 
-def find_copies(hashed: Array, thumbnails: Array, held_out: Array) -> Array:
+def find_copies(hashed: Array, thumbnails: Thumbnails, held_out: Array) -> Array:
     """What each image is a copy of: int64[N], a row, or -1 where it is nobody's.
 
     hashed       uint64[N], of `hashes`
-    thumbnails   anything that gives uint8[n, 1152] for int64[n] rows: an array, or one that stays on disk
     held_out     bool[N]; they are never copies
 
     A copy of held-out images is one of the lowest of them. Any other is a copy of the lowest image that it
@@ -72,6 +78,8 @@ def find_copies(hashed: Array, thumbnails: Array, held_out: Array) -> Array:
     Memory beside the arguments: 20 bytes an image and about 100 MB.
     """
     copy_of = np.full(len(hashed), -1, dtype=np.int64)
+    if not len(hashed):
+        return copy_of
     others = np.flatnonzero(~held_out)
     index = HashIndex(hashed[others])
     kept, lost = _leaks(index, others, np.flatnonzero(held_out), thumbnails)
@@ -88,7 +96,7 @@ def _settle(copy_of: Array, first: Array, second: Array) -> None:
             copy_of[other] = one
 
 
-def _leaks(index: "HashIndex", others: Array, held_out: Array, thumbnails: Array) -> tuple[Array, Array]:
+def _leaks(index: "HashIndex", others: Array, held_out: Array, thumbnails: Thumbnails) -> tuple[Array, Array]:
     """Pairs of a held-out image and another that is a copy of it, or the reverse."""
     found = []
     per_chunk = max(1, _CHUNK // (2 * len(_CROPS)))
@@ -109,7 +117,7 @@ def _leaks(index: "HashIndex", others: Array, held_out: Array, thumbnails: Array
     return _join(found)
 
 
-def _alike(index: "HashIndex", others: Array, hashed: Array, thumbnails: Array) -> tuple[Array, Array]:
+def _alike(index: "HashIndex", others: Array, hashed: Array, thumbnails: Thumbnails) -> tuple[Array, Array]:
     """Pairs of a lower and a higher row of `others` that show the same, mirrored or not."""
     found = []
     for start in range(0, len(others), _CHUNK):
@@ -249,7 +257,7 @@ _ORDER, _MIRROR = _bit_order()
 # -------------------------------------------------------------------------------------------- verification
 
 
-def verify(thumbnails: Array, one: Array, two: Array, mirrored: Array, maps: Array) -> Array:
+def verify(thumbnails: Thumbnails, one: Array, two: Array, mirrored: Array, maps: Array) -> Array:
     """bool[P]: whether the images of rows `one` and `two` (int64[P]) show the same.
 
     mirrored   bool[P], whether the second is to be mirrored

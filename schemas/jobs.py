@@ -275,7 +275,22 @@ class DemoConfig(Settings):
     val_pairs: Positive = 200
 
 
-Format = Literal["coco_panoptic", "refcoco", "captions_tsv", "coco_captions", "vqa_v2"]
+Format = Literal[
+    "coco_panoptic",
+    "coco_instances",
+    "index_maps",
+    "cityscapes",
+    "voc",
+    "refcoco",
+    "grounding",
+    "visual_genome",
+    "coco_captions",
+    "karpathy",
+    "captions_table",
+    "webdataset",
+    "vqa_v2",
+    "dataset",
+]
 
 
 class CorpusConfig(Settings):
@@ -286,13 +301,27 @@ class CorpusConfig(Settings):
     split: Literal["train", "val"]
     root: str = Field(default=".", description="all other paths are relative to it and may not leave it")
     images: str = Field(default="", description="folder of the images")
-    annotations: str = Field(default="", description="JSON, TSV or pickle file; for RefCOCO refs(...).p")
-    labels: str = Field(default="", description="coco_panoptic: folder of the RGB-coded PNGs")
-    instances: str = Field(default="", description="refcoco: instances.json")
-    questions: str = Field(default="", description="vqa_v2: questions JSON")
-    ref_split: str = Field(
-        default="", description="refcoco: the split inside the pickle; empty takes the split's name"
+    annotations: str = Field(
+        default="", description="annotation file; tars and tables may be a pattern, *.tar"
     )
+    labels: str = Field(default="", description="folder of the label maps")
+    instances: str = Field(default="", description="refcoco: instances.json; voc: folder of the object PNGs")
+    questions: str = Field(default="", description="vqa_v2, visual_genome: questions JSON")
+    parts: tuple[str, ...] = Field(
+        default=(),
+        description="the splits inside the file, e.g. [train, restval]; empty takes the split's name",
+    )
+    classes: str = Field(
+        default="",
+        description="index_maps: coco_stuff, ade150, ade847 or a YAML file of your own below the root",
+    )
+    seen_only: bool = Field(default=False, description="leave the pixels of the list's unseen classes void")
+    background: bool = Field(default=False, description="voc: the background is a class")
+    regions: Literal["captions", "referring"] = Field(
+        default="captions", description="visual_genome: what a region is; referring takes its box as a mask"
+    )
+    image_column: str = Field(default="image", description="captions_table: path, or bytes, of the image")
+    caption_column: str = Field(default="caption", description="captions_table; webdataset: key in the JSON")
     licence: str = ""
     image_ids: Name | Literal[""] = Field(
         default="",
@@ -318,6 +347,13 @@ class BuildConfig(Settings):
     )
     max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected unread")
     curate: CurateConfig = CurateConfig()
+    cpus_per_task: float = Field(default=1, gt=0, description="CPUs that a task takes of the cluster's")
+    memory_per_task_mb: NonNegative = Field(
+        default=0, description="memory that a task reserves of the cluster's; 0 reserves none"
+    )
+    object_store_mb: NonNegative = Field(
+        default=0, description="what the build may take of Ray's object store; 0 leaves it to Ray"
+    )
 
 
 class DatasetRef(Settings):

@@ -3,27 +3,38 @@
 import hashlib
 import json
 import os
+import pickle
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import webdataset as wds
 from PIL import Image
 
-from pipelines import shards
+from pipelines import curate
 from pipelines.build import BuildError, BuildReport, build
 from pipelines.catalog import Catalog
+from pipelines.checking import decided_by
 from pipelines.corpora.rows import CorpusError, Row
-from pipelines.curate import curate, sample_key
-from pipelines.inspection import Facts, Region, inspect, regions_of
+from pipelines.curate import refusal, sample_key
+from pipelines.facts import Files
+from pipelines.grouping import REASONS, group, light_rows
+from pipelines.inspection import Facts, inspect
+from pipelines.labels import Region, regions_of
+from pipelines.planning import Plan, plan
+from pipelines.reading import ROW
 from pipelines.shards import Entry
+from pipelines.spool import CHECKED, save
 from pipelines.stream import read_samples
 from schemas.jobs import BuildConfig, CorpusConfig
 from schemas.records import SampleMeta, Segment, Source
@@ -62,14 +73,33 @@ def reasons(catalog: Catalog) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ same in, same out
 
 
-def test_the_bytes_do_not_depend_on_workers_place_or_time(
+def shuffle(corpus: CorpusConfig, chance: random.Random) -> None:
+    """Put the records of an annotation file into another order."""
+    path = Path(corpus.root) / corpus.annotations
+    if corpus.format == "captions_table":
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("\n".join([header, *chance.sample(lines, len(lines))]) + "\n", encoding="utf-8")
+    elif corpus.format == "refcoco":
+        refs = pickle.loads(path.read_bytes())
+        path.write_bytes(pickle.dumps(chance.sample(refs, len(refs)), protocol=2))
+    else:
+        for name in filter(None, (corpus.annotations, corpus.questions)):
+            document = json.loads((Path(corpus.root) / name).read_text())
+            for section in {"images", "annotations", "questions"} & document.keys():
+                chance.shuffle(document[section])
+            (Path(corpus.root) / name).write_text(json.dumps(document))
+
+
+def test_the_bytes_do_not_depend_on_workers_place_time_or_the_order_of_records(
     demo_corpora: tuple[CorpusConfig, ...], world: tuple[CorpusConfig, ...], tmp_path: Path
 ) -> None:
-    one, two = Catalog(tmp_path / "one", "demo"), Catalog(tmp_path / "two", "demo")
+    one, four = Catalog(tmp_path / "one", "demo"), Catalog(tmp_path / "four", "demo")
     first = build(demo_corpora, CONFIG.model_copy(update={"num_workers": 1}), one)
-    second = build(world, CONFIG.model_copy(update={"num_workers": 2}), two)
+    for corpus in world:
+        shuffle(corpus, random.Random(7))
+    second = build(world, CONFIG.model_copy(update={"num_workers": 4}), four)
     assert first.version == second.version
-    assert hashes(one) == hashes(two) != {}
+    assert hashes(one) == hashes(four) != {}
     assert first.num_shards == len(hashes(one))
 
 
@@ -81,23 +111,29 @@ def test_a_rebuild_with_nothing_changed_writes_nothing(
     before = stamps(catalog)
     again = build(demo_corpora, CONFIG, catalog)
     assert first.new and first.shards_written == first.num_shards and first.bytes_written > 0
-    assert not again.new and again.shards_written == again.bytes_written == 0
+    assert not again.new and again.shards_written == again.bytes_written == again.inspected == 0
     assert again.version == first.version and stamps(catalog) == before
+    shutil.rmtree(catalog.cache)  # it may be lost
+    third = build(demo_corpora, CONFIG, catalog)
+    assert third.inspected == first.inspected > 0 and third.shards_written == 0 and not third.new
+    assert {p: t for p, t in stamps(catalog).items() if p.is_file() and "cache" not in p.parts} == {
+        p: t for p, t in before.items() if p.is_file() and "cache" not in p.parts
+    }
 
 
 def test_one_changed_caption_rewrites_one_shard(world: tuple[CorpusConfig, ...], tmp_path: Path) -> None:
     catalog = Catalog(tmp_path, "demo")
     first = build(world, CONFIG, catalog)
-    corpus = pick(world, "captions_tsv")
+    corpus = pick(world, "captions_table")
     table = Path(corpus.root) / corpus.annotations
     lines = table.read_text(encoding="utf-8").splitlines()
     lines[1] = lines[1].split("\t")[0] + "\tsomething else entirely"
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     second = build(world, CONFIG, catalog)
-    assert second.new and second.shards_written == 1
+    assert second.new and second.shards_written == 1 and second.inspected == 0
     diff = catalog.diff(first.version, second.version)
-    assert len(diff.changed) == len(diff.shards_added) == len(diff.shards_removed) == 1
-    assert diff.added == diff.removed == ()
+    assert [(change.what, change.why) for change in diff.changes] == [("changed", "captions")]
+    assert len(diff.shards_added) == len(diff.shards_removed) == 1
 
 
 def test_a_damaged_shard_is_repaired_by_a_rebuild(
@@ -274,7 +310,7 @@ def test_an_image_of_the_validation_split_never_reaches_training(
     world: tuple[CorpusConfig, ...], tmp_path: Path
 ) -> None:
     """Also under another name, and through another corpus."""
-    scenes, captions = pick(world, "coco_panoptic", "val"), pick(world, "captions_tsv")
+    scenes, captions = pick(world, "coco_panoptic", "val"), pick(world, "captions_table")
     image = sorted((Path(scenes.root) / scenes.images).iterdir())[0]
     first = (Path(captions.root) / captions.annotations).read_text().splitlines()[1].split("\t")[0]
     shutil.copy(image, Path(captions.root) / captions.images / first)
@@ -366,36 +402,56 @@ def build_plan(world: tuple[CorpusConfig, ...], tmp_path: Path) -> list[str]:
 # -------------------------------------------------------------------------------------------- the parts alone
 
 
-def entry(key: str, size_bytes: int = 1, captions: tuple[str, ...] = ("a",)) -> Entry:
-    meta = SampleMeta(key=key, split="train", height=1, width=1, sha256="", captions=captions)
-    return Entry(meta=meta, image_path="", labels_path=None, labels_sha256="", size_bytes=size_bytes)
+@dataclass(frozen=True)
+class Planned:
+    """A sample as the plan sees it."""
+
+    key: str
+    size_bytes: int = 1
+    said: str = "a"
 
 
-def names(entries: list[Entry], max_samples: int = 20, max_bytes: int = 10**9) -> set[str]:
-    return {shard.name for shard in shards.plan(entries, max_samples, max_bytes)}
+def planned(samples: list[Planned], max_samples: int = 20, max_bytes: int = 10**9) -> Plan:
+    digests = [hashlib.sha256(f"{s.key} {s.said}".encode()).digest() for s in samples]
+    keys = [s.key for s in samples]
+    return plan(
+        kind=np.zeros(len(samples), dtype=np.int8),
+        bits=np.array([int(hashlib.sha256(k.encode()).hexdigest()[:16], 16) for k in keys], dtype=np.uint64),
+        rank=np.argsort(np.argsort(keys)),
+        source_bytes=np.array([s.size_bytes for s in samples]),
+        digest=np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32),
+        max_samples=max_samples,
+        max_bytes=max_bytes,
+    )
+
+
+def names(samples: list[Planned]) -> set[str]:
+    return set(planned(samples).digests)
 
 
 def test_shards_are_bounded_and_hold_every_sample_once() -> None:
-    entries = [entry(f"k-{i}", size_bytes=i % 7 + 1) for i in range(500)]
+    samples = [Planned(f"k-{i}", size_bytes=i % 7 + 1) for i in range(500)]
     for max_samples, max_bytes in [(20, 10**9), (500, 60), (1, 1)]:
-        plans = shards.plan(entries, max_samples, max_bytes)
-        for shard in plans:
-            assert len(shard.entries) <= max_samples
-            assert sum(e.size_bytes for e in shard.entries) <= max_bytes or len(shard.entries) == 1
-        assert sorted(e.meta.key for s in plans for e in s.entries) == sorted(e.meta.key for e in entries)
-        assert len({s.name for s in plans}) == len(plans)
-    assert names(entries) == names(entries[::-1]), "the plan depends on the order of the samples"
+        found = planned(samples, max_samples, max_bytes)
+        shards = [[samples[i] for i in shard] for shard in np.split(found.order, found.starts[1:-1])]
+        for shard in shards:
+            assert 1 <= len(shard) <= max_samples
+            assert sum(s.size_bytes for s in shard) <= max_bytes or len(shard) == 1
+            assert [s.key for s in shard] == sorted(s.key for s in shard)
+        assert sorted(found.order.tolist()) == list(range(500))
+        assert len(set(found.digests)) == len(shards) == len(found.digests)
+    assert names(samples) == names(samples[::-1]), "the plan depends on the order of the samples"
 
 
 def test_a_change_of_one_sample_touches_only_its_shard() -> None:
     """Or the two that it splits into where it overflows, or the two that fit into one again."""
-    entries = [entry(f"k-{i}") for i in range(500)]
-    before = names(entries)
+    samples = [Planned(f"k-{i}") for i in range(500)]
+    before = names(samples)
     for i in range(0, 500, 7):
-        rest = entries[:i] + entries[i + 1 :]
-        changed = names([*rest, entry(f"k-{i}", captions=("b",))])
+        rest = samples[:i] + samples[i + 1 :]
+        changed = names([*rest, Planned(f"k-{i}", said="b")])
         assert len(before - changed) == len(changed - before) == 1
-        removed, added = names(rest), names([*entries, entry(f"new-{i}")])
+        removed, added = names(rest), names([*samples, Planned(f"new-{i}")])
         assert len(before - removed) <= 2 and len(removed - before) <= 1
         assert len(before - added) == 1 and len(added - before) <= 2
 
@@ -404,7 +460,7 @@ def test_keys_are_stable_distinct_and_have_no_dots() -> None:
     ids = ["12", "a.b", "a_b", "a/b", "ü", "x" * 300, "x" * 299 + "y", "_" * 300]
     keys = [sample_key("coco", i) for i in ids]
     assert keys[0] == "coco-12" and len(set(keys)) == len(ids)
-    assert all(len(k) <= 80 and set(k) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_") for k in keys)
+    assert all(len(k) <= 70 and set(k) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_") for k in keys)
 
 
 def row(image_id: str, **fields: object) -> Row:
@@ -428,7 +484,25 @@ def facts(sha256: str) -> Facts:
 SEGMENT = Segment(id=7, category="x", isthing=True, area=99, bbox=(9, 9, 9, 9))
 
 
-def test_duplicates_are_joined_and_a_second_label_map_is_refused() -> None:
+def grouped(rows: list[Row], files: Files, folder: Path) -> tuple[list[Entry], dict[str, str]]:
+    """Samples, and the reasons of the rejects by record: what a build does with rows of one corpus."""
+    checked = [row for row in rows if refusal(row, files) is None]
+    refused = [r for r in (refusal(row, files) for row in rows) if r is not None]
+    documents = [decided_by(0, -1, row, ROW.dump_json(row), files) for row in checked]
+    save(folder / "checked-0000.arrow", pa.Table.from_pylist(documents, schema=CHECKED))
+    light = light_rows([folder / "checked-0000.arrow"])
+    groups = group(light)
+    keys, entries = groups.key.to_pylist(), []
+    for sample in range(len(groups.home)):
+        members = groups.members[groups.sample == sample].tolist()
+        entries.append(curate.entry(keys[sample], [checked[light.row[m]] for m in members], files))
+    why = {r.record: r.reason for r in refused}
+    for i, reason in zip(groups.refused.tolist(), groups.why.tolist(), strict=True):
+        why[f"image {checked[light.row[i]].image_id}"] = REASONS[reason][0]
+    return sorted(entries, key=lambda e: e.meta.key), why
+
+
+def test_duplicates_are_joined_and_a_second_label_map_is_refused(tmp_path: Path) -> None:
     rows = [
         row("1", captions=("one", "two")),
         row("2", captions=("two", "three")),
@@ -437,24 +511,28 @@ def test_duplicates_are_joined_and_a_second_label_map_is_refused() -> None:
         row("5"),
         row("6", segments=(), labels_path="l"),
     ]
-    files = {("image", r.image_path): facts("same") for r in rows} | {("labels", "l"): facts("labels")}
-    curated = curate(rows, files)
-    (joined,) = curated.entries
-    assert joined.meta.captions == ("one", "two", "three")
-    assert [s.files for s in joined.meta.sources] == [("1",), ("2",), ("3",)]
-    assert joined.meta.segments == (SEGMENT.model_copy(update={"area": 3, "bbox": (0, 0, 2, 2)}),)
-    assert {r.record: r.reason for r in curated.rejects} == {
-        "image 4": "duplicate-labels",
-        "image 5": "unannotated",
-        "image 6": "segments",
-    }
-    assert curated.num_kept + len(curated.rejects) == len(rows)
+    files = {("image", r.image_path): facts("5a" * 32) for r in rows} | {("labels", "l"): facts("labels")}
+    for order in (rows, rows[::-1]):
+        (joined,), why = grouped(order, files, tmp_path)
+        assert joined.meta.captions == ("one", "two", "three")
+        assert [s.files for s in joined.meta.sources] == [("1",), ("2",), ("3",)]
+        assert joined.meta.segments == (SEGMENT.model_copy(update={"area": 3, "bbox": (0, 0, 2, 2)}),)
+        assert why == {"image 4": "duplicate-labels", "image 5": "unannotated", "image 6": "segments"}
 
 
-def test_two_images_of_one_id_get_two_keys() -> None:
-    rows = [row("1", captions=("a",)), row("1", captions=("b",), split="val", image_path="val/1")]
-    files = {("image", "1"): facts("aaaa"), ("image", "val/1"): facts("bbbb")}
-    assert [e.meta.key for e in curate(rows, files).entries] == ["c-1", "c-1-bbbb"]
+def test_two_images_of_one_id_get_two_keys(tmp_path: Path) -> None:
+    """Also where an id was made to look like one with a hash behind it."""
+    rows = [
+        row("1", captions=("a",)),
+        row("1", captions=("b",), split="val", image_path="val/1"),
+        row("1-bbbbbbbb", captions=("c",), image_path="x"),
+    ]
+    places = {"1": "aaaa", "val/1": "bbbb", "x": "cccc"}
+    files = {("image", place): facts(start + "b" * 60) for place, start in places.items()}
+    found, _ = grouped(rows[:2], files, tmp_path)
+    assert [e.meta.key for e in found] == ["c-1", "c-1-bbbbbbbb"]
+    found, _ = grouped(rows, files, tmp_path)
+    assert len({e.meta.key for e in found}) == 3
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (13, 17)])
@@ -473,7 +551,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     Image.new("1", (20000, 20000)).save(path)
     started = time.monotonic()
     for limit in (1000, 10**12):
-        assert inspect("image", path, limit).fault == "pixels"
+        assert inspect("image", str(path), limit).fault == "pixels"
     assert time.monotonic() - started < 1
 
 

@@ -45,14 +45,25 @@ def test_a_whole_version_verifies(demo_dataset: DatasetVersion) -> None:
     assert demo_dataset.verify() == sum(p.stat().st_size for p in demo_dataset.shards_root.glob("*.tar"))
 
 
-@pytest.mark.parametrize("place", [0, 0.5, -1])
-def test_one_flipped_bit_is_found(catalog: Catalog, place: float) -> None:
-    shard = catalog.shards_root / catalog.open().manifest["shard"][1].as_py()
-    data = bytearray(shard.read_bytes())
-    data[int(place * len(data)) if place >= 0 else -1] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(CatalogError, match=f"{shard.name}: its bytes changed"):
-        catalog.open().verify()
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_one_flipped_bit_is_found_in_every_file(catalog: Catalog, place: float) -> None:
+    version = catalog.open()
+    shards = [catalog.shards_root / name for name in version.manifest["shard"].to_pylist()]
+    for path in [shards[1], *catalog.files(version.id)]:
+        whole = path.read_bytes()
+        at = min(int(place * len(whole)), len(whole) - 1)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CatalogError, match=path.name):
+            version.verify()
+        path.write_bytes(whole)
+    version.verify()
+
+
+def test_a_file_that_nobody_wrote_is_found(catalog: Catalog) -> None:
+    version = catalog.open()
+    (version.folder / "more.parquet").write_bytes(b"")
+    with pytest.raises(CatalogError, match=r"more\.parquet: not one of the files that were written"):
+        version.verify()
 
 
 def test_every_missing_shard_is_named(catalog: Catalog) -> None:
@@ -91,9 +102,35 @@ def test_a_diff_names_samples_and_shards(catalog: Catalog) -> None:
     base = catalog.open()
     new = publish_changed(catalog, "blue")
     diff = catalog.diff(base.id, "current")
-    assert diff.removed == (base.samples["key"][0].as_py(),)
-    assert diff.added == diff.changed == diff.shards_added == diff.shards_removed == ()
-    assert catalog.diff(new, base.id).added == diff.removed
+    assert diff.keys("removed") == (base.samples["key"][0].as_py(),)
+    assert diff.keys("added") == diff.keys("changed") == diff.shards_added == diff.shards_removed == ()
+    assert catalog.diff(new, base.id).keys("added") == diff.keys("removed")
+
+
+def test_pruning_keeps_what_is_needed(catalog: Catalog) -> None:
+    """The served version, the one before it, what is needed outside, and what is open; shards with them."""
+    versions = [str(catalog.current()), *(publish_changed(catalog, answer) for answer in "abcd")]
+    unused = catalog.shards_root / "train-segmentation-0123456789abcdef.tar"
+    unused.write_bytes(b"left by a version of long ago")
+    opened = catalog.open(versions[1])
+    rows = catalog.prunable({versions[0]: "model m version 1"}, keep=1)
+    assert [row.version for row in rows] == versions
+    assert [row.kept_because for row in rows] == [
+        "model m version 1",
+        "a process has it open",
+        "",
+        "rollback leads to it",
+        "it is served",
+    ]
+    assert unused.exists() and catalog.versions() == tuple(versions), "asking must not remove anything"
+    assert catalog.prune({versions[0]: "model m version 1"}, keep=1) == 29
+    assert catalog.versions() == tuple(v for v in versions if v != versions[2]) and not unused.exists()
+    opened.verify()
+    del opened
+    catalog.prune({}, keep=1)
+    assert catalog.versions() == tuple(versions[-2:])
+    assert catalog.rollback() == versions[-2]
+    catalog.open().verify()
 
 
 def test_what_is_absent_is_said_with_what_to_do(catalog: Catalog, tmp_path: Path) -> None:
