@@ -24,7 +24,7 @@ from pipelines.catalog import Catalog, DatasetVersion, content_id
 from pipelines.checking import CheckOrder, CheckReport, check
 from pipelines.curate import name, reject
 from pipelines.facts import forget_others, inspection_digest
-from pipelines.grouping import REASONS, Groups, LightRows, group, light_rows
+from pipelines.grouping import REASONS, Groups, LightRows, Thumbnails, group, light_rows
 from pipelines.joining import JoinOrder, JoinReport, join
 from pipelines.parallel import WorkerError, each
 from pipelines.planning import LightSamples, Plan, light_samples, plan
@@ -109,8 +109,9 @@ class _Steps:
     def build(self, memory: Memory, code_version: str, started: float) -> BuildReport:
         harvests = self._read()
         checks = self._check(sum(report.num_rows for report in harvests))
-        rows = light_rows(self._files("checked", len(checks)))
-        groups = group(rows)
+        files = self._files("checked", len(checks))
+        rows = light_rows(files)
+        groups = group(rows, Thumbnails(rows, files), near_duplicates=self.config.curate.near_duplicates)
         rejects = self._rejects(rows, groups)
         num_read = sum(report.num_rows + report.num_rejects for report in harvests)
         self._check_all_gave(rows.corpus[groups.members], rejects)
@@ -210,6 +211,7 @@ class _Steps:
                 "row": rows.row[groups.members],
                 "sample": groups.sample,
                 "key": groups.key.take(pa.array(groups.sample)),
+                "copy_of": groups.copy_of.take(pa.array(groups.sample)),
             }
         )
         save(self.work / "members.arrow", members)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,27 @@ def _documents(work: Path, prefix: str) -> Iterator[tuple[int, int, bytes]]:
 
 def decided_by(corpus: int, rule: int, row: Row, document: bytes, files: Files) -> dict[str, Any]:
     """A row of CHECKED."""
-    sha256 = files["image", row.image_path].sha256
+    image = files["image", row.image_path]
+    sha256 = image.sha256
+    told = [(*file, replace(files[file], thumbnail=b"")) for file in files_of(row)]
     return {
         "corpus": corpus,
         "rule": rule,
         "held_out": row.split == "val",
         "image_high": int(sha256[:16], 16),
         "image_low": int(sha256[16:32], 16),
-        "tie": int.from_bytes(hashlib.sha256(document).digest()[:8]),
+        "number": _hash(row.image_number.encode()) if row.image_number else 0,
+        "look": image.hash,
+        "worth": 0 if row.labels_path is not None else 1 if row.referring else 2,
+        "pixels": image.height * image.width,
+        "tie": _hash(document),
         "labelled": row.labels_path is not None,
         "key": sample_key(row.corpus, row.image_id),
+        "thumbnail": image.thumbnail,
         "document": document,
-        "facts": FACTS_OF_ROW.dump_json([(*file, files[file]) for file in files_of(row)]),
+        "facts": FACTS_OF_ROW.dump_json(told),
     }
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8])

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from pipelines import labels, places
+from pipelines.duplicates import SIDE, hashes, is_flat, thumbnail
 from pipelines.labels import LabelError, Region
 from pipelines.pixels import PHOTOGRAPHS, PixelsError, decode, upright
 
 # One row a file. `fault` is empty where it is good; `regions` holds id, area, x, y, width, height of each id.
+# `thumbnail` and `hash` are those of duplicates.py; empty and 0 of labels and of images that are all flat.
 FACTS = pa.schema(
     {
         "kind": pa.string(),
@@ -26,6 +29,8 @@ FACTS = pa.schema(
         "height": pa.int32(),
         "width": pa.int32(),
         "regions": pa.list_(pa.int64()),
+        "thumbnail": pa.binary(),
+        "hash": pa.uint64(),
         "fault": pa.string(),
         "detail": pa.string(),
     }
@@ -34,13 +39,18 @@ FACTS = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What one file is. `fault` is the reason of a reject, or empty; `regions` by id, of labels only."""
+    """What one file is. `fault` is the reason of a reject, or empty; `regions` by id, of labels only.
+
+    `thumbnail` and `hash` tell copies of an image (duplicates.py); empty where there is nothing to tell.
+    """
 
     sha256: str = ""
     size_bytes: int = 0
     height: int = 0
     width: int = 0
     regions: dict[int, Region]
+    thumbnail: bytes = b""
+    hash: int = 0
     fault: str = ""
     detail: str = ""
 
@@ -67,6 +77,7 @@ def facts_by_file(table: pa.Table) -> dict[tuple[str, str], Facts]:
 
 def inspect(kind: str, path: str, max_pixels: int) -> Facts:
     """Hash what lies at a place (places.py; of "labels" a label place) and decode it to the last row."""
+    seen: dict[str, Any] = {}
     try:
         if kind == "labels":
             found = labels.read(path, max_pixels)
@@ -74,13 +85,24 @@ def inspect(kind: str, path: str, max_pixels: int) -> Facts:
             sha256, size_bytes, regions = found.sha256, found.size_bytes, labels.regions_of(found.ids)
         else:
             data = places.read(path)
-            width, height = upright(decode(data, PHOTOGRAPHS, max_pixels)).size
+            image = upright(decode(data, PHOTOGRAPHS, max_pixels))
+            (width, height), seen = image.size, _fingerprint(image)
             sha256, size_bytes, regions = hashlib.sha256(data).hexdigest(), len(data), {}
     except (PixelsError, LabelError) as error:
         return _faulty(error.fault, path, error.detail)
     except OSError as error:
         return _faulty("unreadable", path, f"{type(error).__name__}: {error}")
-    return Facts(sha256=sha256, size_bytes=size_bytes, height=height, width=width, regions=regions)
+    return Facts(sha256=sha256, size_bytes=size_bytes, height=height, width=width, regions=regions, **seen)
+
+
+def _fingerprint(image: Image.Image) -> dict[str, Any]:
+    """The thumbnail and its hash; about a seventh of the time that reading and decoding take."""
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 256)  # which `convert` would cut off at 255
+    shown = image if image.mode == "RGB" else image.convert("RGB")
+    small = shown.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=1.5)
+    seen = thumbnail(np.asarray(small.convert("YCbCr")))
+    return {} if is_flat(seen) else {"thumbnail": seen.tobytes(), "hash": int(hashes(seen[None])[0])}
 
 
 def _faulty(fault: str, path: str, detail: str) -> Facts:

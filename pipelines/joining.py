@@ -51,9 +51,9 @@ def join(order: JoinOrder) -> JoinReport:
     entries = list(_entries(order, work))
     save(
         work / f"entries-{order.part:04d}.arrow",
-        pa.Table.from_pylist([_row(e) for e in entries], schema=ENTRIES),
+        pa.Table.from_pylist([_row(e) | {"copy_of": copy_of} for copy_of, e in entries], schema=ENTRIES),
     )
-    metas = [e.meta for e in entries]
+    metas = [e.meta for _, e in entries]
     trained = [meta for meta in metas if meta.split == "train"]
     masked: dict[str, set[str]] = {}
     for meta in trained:
@@ -67,19 +67,21 @@ def join(order: JoinOrder) -> JoinReport:
     )
 
 
-def _entries(order: JoinOrder, work: Path) -> Iterator[Entry]:
+def _entries(order: JoinOrder, work: Path) -> Iterator[tuple[str, Entry]]:
+    """The samples, each behind the key of the one that it is a copy of."""
     members = mapped(work / "members.arrow").slice(order.first, order.stop - order.first)
     if not len(members):
         return
     files = [work / f"checked-{part:04d}.arrow" for part in range(order.num_parts)]
     places = members["part"].to_numpy(), members["row"].to_numpy()
     found = gather(files, *places, ["corpus", "rule", "document", "facts"]).to_pylist()
-    named = zip(members["sample"].to_pylist(), members["key"].to_pylist(), found, strict=True)
+    keys = zip(members["key"].to_pylist(), members["copy_of"].to_pylist(), strict=True)
+    named = zip(members["sample"].to_pylist(), keys, found, strict=True)
     rows = Rows(work)
-    for (_, key), group in groupby(named, key=lambda member: member[:2]):
+    for (_, (key, copy_of)), group in groupby(named, key=lambda member: member[:2]):
         one = [row for *_, row in group]
         of_files = {file: facts for row in one for file, facts in facts_in(row.pop("facts")).items()}
-        yield entry(key, [rows.row(**row) for row in one], of_files)
+        yield copy_of, entry(key, [rows.row(**row) for row in one], of_files)
 
 
 def _row(sample: Entry) -> dict[str, Any]:

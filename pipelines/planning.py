@@ -20,7 +20,7 @@ from schemas.records import PARTS, Split
 from schemas.tasks import Stream
 
 FORMAT = 1  # of the bytes in a shard; part of every plan digest
-TOLD = ("segments", "referring", "captions", "questions", *(f"{part}_hash" for part in PARTS))
+TOLD = ("segments", "referring", "captions", "questions", "copy_of", *(f"{part}_hash" for part in PARTS))
 _BITS = 64
 
 

@@ -19,8 +19,9 @@ from schemas.records import PARTS
 # among the corpus's, or -1.
 RUN = pa.schema({"hash": pa.uint64(), "corpus": pa.int32(), "rule": pa.int32(), "document": pa.binary()})
 
-# Rows whose files are good, with what is decided by. `image` is 128 bits of the image's sha256, `tie` 64 bits
-# of the document's, `facts` what inspection found of the row's files.
+# Rows whose files are good, with what is decided by. `image` is 128 bits of the image's sha256, `number` 64
+# of its number's or 0, `tie` 64 of the document's. `worth` is 0 of rows with segments, 1 with expressions,
+# else 2; `look` and `thumbnail` are the image's of duplicates.py; `facts` is what else inspection found.
 CHECKED = pa.schema(
     {
         "corpus": pa.int32(),
@@ -28,9 +29,14 @@ CHECKED = pa.schema(
         "held_out": pa.bool_(),
         "image_high": pa.uint64(),
         "image_low": pa.uint64(),
+        "number": pa.uint64(),
+        "look": pa.uint64(),
+        "worth": pa.int8(),
+        "pixels": pa.int64(),
         "tie": pa.uint64(),
         "labelled": pa.bool_(),
         "key": pa.string(),
+        "thumbnail": pa.binary(),
         "document": pa.binary(),
         "facts": pa.binary(),
     }
@@ -50,6 +56,7 @@ ENTRIES = pa.schema(
         "referring": pa.int32(),
         "captions": pa.int32(),
         "questions": pa.int32(),
+        "copy_of": pa.string(),
         **{f"{part}_hash": pa.uint64() for part in PARTS},
         "document": pa.binary(),
     }

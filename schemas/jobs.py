@@ -323,7 +323,19 @@ class CorpusConfig(Settings):
     image_column: str = Field(default="image", description="captions_table: path, or bytes, of the image")
     caption_column: str = Field(default="caption", description="captions_table; webdataset: key in the JSON")
     licence: str = ""
+    image_ids: Name | Literal[""] = Field(
+        default="",
+        description="whose numbers the images have, e.g. coco: one number in two corpora is one image",
+    )
     limit: NonNegative = Field(default=0, description="at most this many images; 0 is all")
+
+
+class CurateConfig(Settings):
+    """What is kept of what could be read. Images of evaluation splits leave training whatever is set."""
+
+    near_duplicates: Literal["keep", "reject"] = Field(
+        default="keep", description="training images that look the same: marked, or all but one refused"
+    )
 
 
 class BuildConfig(Settings):
@@ -336,6 +348,7 @@ class BuildConfig(Settings):
         default=0.05, description="above it the build stops and publishes nothing"
     )
     max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected unread")
+    curate: CurateConfig = CurateConfig()
     cpus_per_task: float = Field(default=1, gt=0, description="CPUs that a task takes of the cluster's")
     memory_per_task_mb: NonNegative = Field(
         default=0, description="memory that a task reserves of the cluster's; 0 reserves none"

@@ -132,7 +132,8 @@ MANIFEST = pa.schema(
 )
 
 # samples.parquet: one row a sample, with the byte range of its members inside its shard, the counts of its
-# annotations, and 64 bits of a hash of each part of it, by which versions are compared.
+# annotations, and 64 bits of a hash of each part of it, by which versions are compared. `copy_of` is the key
+# of another training sample that shows the same picture, or empty.
 SAMPLES = pa.schema(
     {
         "key": pa.string(),
@@ -146,6 +147,7 @@ SAMPLES = pa.schema(
         "referring": pa.int32(),
         "captions": pa.int32(),
         "questions": pa.int32(),
+        "copy_of": pa.string(),
         **{f"{part}_hash": pa.uint64() for part in PARTS},
     }
 )

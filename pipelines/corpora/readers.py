@@ -1,8 +1,10 @@
 """The table of formats. A format is a function from a corpus to rows and rejects; a new one is a new line."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 from pipelines.corpora import (
     captions_table,
@@ -68,12 +70,19 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             break
         else:
             num_rows += 1
+            item = replace(item, image_number=_number(corpus, item))
         yield item
     if not num_rows + num_rejects:
         raise CorpusError(
             f"corpus {corpus.name!r} ({corpus.format}, {corpus.split}) is empty: no record in "
             f"{corpus.annotations!r} under {corpus.root!r}; check its paths and its split"
         )
+
+
+def _number(corpus: CorpusConfig, row: Row) -> str:
+    """`COCO_val2014_000000000042.jpg`, `000000000042.jpg` and 42 are one image of the list."""
+    digits = re.findall(r"\d+", PurePosixPath(row.image_id).stem)
+    return f"{corpus.image_ids} {int(digits[-1])}" if corpus.image_ids and digits else ""
 
 
 def taxonomies(corpus: CorpusConfig) -> tuple[Taxonomy, ...]:

@@ -37,6 +37,7 @@ class Row:
 
     corpus, split   of the `CorpusConfig` it came from
     image_id        stable within the corpus, e.g. "397133"; a relative path where images have no number
+    image_number    the image in a list that several corpora share, e.g. "coco 397133"; empty without one
     image_path      the place of the image (pipelines/places.py): an absolute path of an existing file under
                     the corpus root, or a tar member or a cell of a table in such a file
     height, width   pixels as the annotation file states them, None where it does not
@@ -63,6 +64,7 @@ class Row:
     questions: tuple[Question, ...] = ()
     source: Source
     origins: tuple[Source, ...] = ()
+    image_number: str = ""
 
 
 def refuse(corpus: CorpusConfig, record: str, refusal: Refusal) -> Reject:
