@@ -514,9 +514,9 @@ class RebuildJob(Job):
     def _has_corpora(self) -> "RebuildJob":
         if self.demo is None and not self.corpora:
             raise ValueError("nothing to build: give corpora, or a demo section")
-        keys = [(c.name, c.split, c.annotations) for c in self.corpora]
+        keys = [(c.name, c.split, c.root, c.images, c.annotations) for c in self.corpora]
         if len(set(keys)) < len(keys):
-            raise ValueError("two corpora have the same name, split and annotations")
+            raise ValueError("two corpora have the same name, split, root, images and annotations")
         return self
 
 
