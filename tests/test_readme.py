@@ -13,7 +13,7 @@ import yaml
 from jobs.__main__ import _parser, _with_command, main
 from pipelines.catalog import Catalog
 from pipelines.corpora.readers import READERS
-from schemas.jobs import CorpusConfig, RebuildJob, load
+from schemas.jobs import USES, CorpusConfig, RebuildJob, load
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -67,6 +67,10 @@ def test_the_table_of_formats_is_the_table_of_readers() -> None:
     assert {name for name, _ in rows} == set(READERS)
     for _, needs in rows:
         assert set(re.findall(r"`(\w+)`", needs)) <= set(CorpusConfig.model_fields)
+    assert all(
+        set(re.findall(r"`(\w+)`", needs)) <= {*USES[name], "root"}  # type: ignore[index]
+        for name, needs in rows
+    )
 
 
 def test_the_drawn_house_stands() -> None:
