@@ -20,19 +20,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from assembled import assemble, stored
 from PIL import Image
 
 from pipelines.build import BuildError, build
 from pipelines.catalog import Catalog
 from pipelines.corpora.readers import read
 from pipelines.corpora.rows import CorpusError, Row
-from pipelines.curate import Curated, curate
-from pipelines.inspection import inspect
-from pipelines.shards import Entry, parse, write
-from pipelines.stream import decode, read_samples
+from pipelines.curate import Curated
+from pipelines.stream import read_samples
 from schemas.jobs import USES, BuildConfig, CorpusConfig
 from schemas.masks import ids_to_rgb
-from schemas.records import Reject, Sample
+from schemas.records import Reject
 
 LIMIT = 10**6  # pixels of an image that a build may decode here
 SIDE = 8
@@ -117,22 +116,13 @@ class Outcome:
 def outcome(config: CorpusConfig) -> Outcome:
     items = list(read(config))
     rows = [item for item in items if isinstance(item, Row)]
-    files = {("image", row.image_path): inspect("image", row.image_path, LIMIT) for row in rows}
-    maps = [row.labels_path for row in rows if row.labels_path is not None]
-    curated = curate(rows, files | {("labels", place): inspect("labels", place, LIMIT) for place in maps})
+    curated = assemble(rows, LIMIT)
     rejects = tuple(item for item in items if isinstance(item, Reject)) + curated.rejects
     assert len(items) == curated.num_kept + len(rejects), "read = kept + rejected"
     assert all(reject.reason and reject.detail and len(reject.detail) <= 500 for reject in rejects)
     for reject in rejects:  # it can be stored
         pa.array([reject.detail, reject.record], pa.string()), reject.model_dump_json()
     return Outcome(num_read=len(items), curated=curated, rejects=rejects)
-
-
-def stored(entries: tuple[Entry, ...], folder: Path) -> list[Sample]:
-    """The samples as a reader of their shard decodes them."""
-    receipt, _ = write("x.tar", entries, folder)
-    data = (folder / "x.tar").read_bytes()
-    return [decode(data[m.offset : m.offset + m.size_bytes]) for m in receipt.members]
 
 
 # ------------------------------------------------------------------------------------------ images
@@ -596,9 +586,7 @@ def test_keys_with_dots_slashes_and_worse_become_plain_distinct_keys(tmp_path: P
     keys = [entry.meta.key for entry in found.curated.entries]
     assert not found.rejects and len(set(keys)) == len(KEYS) + 1
     assert all(len(key) <= 80 and key.isascii() and not set(key) & set("./ %$") for key in keys)
-    for entry in found.curated.entries:
-        receipt, _ = write(f"{entry.meta.key}.tar", [entry], tmp_path)
-        parse((tmp_path / receipt.shard).read_bytes())
+    assert sorted(sample.key for sample in stored(found.curated.entries, tmp_path)) == sorted(keys)
 
 
 # ------------------------------------------------------------------------------------------ all at once
