@@ -15,26 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import ray
 import webdataset as wds
+from assembled import curated
 from PIL import Image
 
-from pipelines import curate
 from pipelines.build import BuildError, BuildReport, build
 from pipelines.catalog import Catalog
-from pipelines.checking import decided_by
 from pipelines.corpora.rows import CorpusError, Row
-from pipelines.curate import refusal, sample_key
-from pipelines.facts import Files
-from pipelines.grouping import REASONS, group, light_rows
+from pipelines.curate import sample_key
 from pipelines.inspection import Facts, inspect
 from pipelines.labels import Region, regions_of
 from pipelines.planning import Plan, plan
-from pipelines.reading import ROW
-from pipelines.shards import Entry
-from pipelines.spool import CHECKED, save
 from pipelines.stream import read_samples
 from schemas.jobs import BuildConfig, CorpusConfig
 from schemas.records import SampleMeta, Segment, Source
@@ -488,25 +481,7 @@ def facts(sha256: str) -> Facts:
 SEGMENT = Segment(id=7, category="x", isthing=True, area=99, bbox=(9, 9, 9, 9))
 
 
-def grouped(rows: list[Row], files: Files, folder: Path) -> tuple[list[Entry], dict[str, str]]:
-    """Samples, and the reasons of the rejects by record: what a build does with rows of one corpus."""
-    checked = [row for row in rows if refusal(row, files) is None]
-    refused = [r for r in (refusal(row, files) for row in rows) if r is not None]
-    documents = [decided_by(0, -1, row, ROW.dump_json(row), files) for row in checked]
-    save(folder / "checked-0000.arrow", pa.Table.from_pylist(documents, schema=CHECKED))
-    light = light_rows([folder / "checked-0000.arrow"])
-    groups = group(light)
-    keys, entries = groups.key.to_pylist(), []
-    for sample in range(len(groups.home)):
-        members = groups.members[groups.sample == sample].tolist()
-        entries.append(curate.entry(keys[sample], [checked[light.row[m]] for m in members], files))
-    why = {r.record: r.reason for r in refused}
-    for i, reason in zip(groups.refused.tolist(), groups.why.tolist(), strict=True):
-        why[f"image {checked[light.row[i]].image_id}"] = REASONS[reason][0]
-    return sorted(entries, key=lambda e: e.meta.key), why
-
-
-def test_duplicates_are_joined_and_a_second_label_map_is_refused(tmp_path: Path) -> None:
+def test_duplicates_are_joined_and_a_second_label_map_is_refused() -> None:
     rows = [
         row("1", captions=("one", "two")),
         row("2", captions=("two", "three")),
@@ -517,14 +492,17 @@ def test_duplicates_are_joined_and_a_second_label_map_is_refused(tmp_path: Path)
     ]
     files = {("image", r.image_path): facts("5a" * 32) for r in rows} | {("labels", "l"): facts("labels")}
     for order in (rows, rows[::-1]):
-        (joined,), why = grouped(order, files, tmp_path)
+        found = curated(order, files)
+        (joined,) = found.entries
         assert joined.meta.captions == ("one", "two", "three")
         assert [s.files for s in joined.meta.sources] == [("1",), ("2",), ("3",)]
         assert joined.meta.segments == (SEGMENT.model_copy(update={"area": 3, "bbox": (0, 0, 2, 2)}),)
+        why = {reject.record: reject.reason for reject in found.rejects}
         assert why == {"image 4": "duplicate-labels", "image 5": "unannotated", "image 6": "segments"}
+        assert found.num_kept + len(found.rejects) == len(rows)
 
 
-def test_two_images_of_one_id_get_two_keys(tmp_path: Path) -> None:
+def test_two_images_of_one_id_get_two_keys() -> None:
     """Also where an id was made to look like one with a hash behind it."""
     rows = [
         row("1", captions=("a",)),
@@ -533,10 +511,8 @@ def test_two_images_of_one_id_get_two_keys(tmp_path: Path) -> None:
     ]
     places = {"1": "aaaa", "val/1": "bbbb", "x": "cccc"}
     files = {("image", place): facts(start + "b" * 60) for place, start in places.items()}
-    found, _ = grouped(rows[:2], files, tmp_path)
-    assert [e.meta.key for e in found] == ["c-1", "c-1-bbbbbbbb"]
-    found, _ = grouped(rows, files, tmp_path)
-    assert len({e.meta.key for e in found}) == 3
+    assert [e.meta.key for e in curated(rows[:2], files).entries] == ["c-1", "c-1-bbbbbbbb"]
+    assert len({e.meta.key for e in curated(rows, files).entries}) == 3
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (13, 17)])
