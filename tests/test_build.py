@@ -28,7 +28,7 @@ from pipelines.checking import decided_by
 from pipelines.corpora.rows import CorpusError, Row
 from pipelines.curate import refusal, sample_key
 from pipelines.facts import Files
-from pipelines.grouping import REASONS, group, light_rows
+from pipelines.grouping import REASONS, StoredThumbnails, group, light_rows
 from pipelines.inspection import Facts, inspect
 from pipelines.labels import Region, regions_of
 from pipelines.planning import Plan, plan
@@ -491,7 +491,8 @@ def grouped(rows: list[Row], files: Files, folder: Path) -> tuple[list[Entry], d
     documents = [decided_by(0, -1, row, ROW.dump_json(row), files) for row in checked]
     save(folder / "checked-0000.arrow", pa.Table.from_pylist(documents, schema=CHECKED))
     light = light_rows([folder / "checked-0000.arrow"])
-    groups = group(light)
+    thumbnails = StoredThumbnails(light, [folder / "checked-0000.arrow"])
+    groups = group(light, thumbnails, near_duplicates="keep")
     keys, entries = groups.key.to_pylist(), []
     for sample in range(len(groups.home)):
         members = groups.members[groups.sample == sample].tolist()
