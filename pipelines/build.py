@@ -73,7 +73,8 @@ def build(
 ) -> BuildReport:
     """Build and publish a version of the catalog's dataset, or find that the current one is it.
 
-    session    opens Ray, and is not called where nothing changed; without it the caller has started Ray
+    session    opens Ray, and is not called where nothing changed or one worker does it all; without it the
+               caller has started Ray
     Raises `CorpusError` where a corpus cannot be read, `CatalogError` where another build runs,
     `BuildError` where too much was rejected, nothing is left, or a worker failed. Then nothing was
     published.
@@ -88,7 +89,8 @@ def build(
             catalog.serve(version)
             report = _unchanged(catalog.open(version), time.monotonic() - started)
         else:
-            with session(), catalog.workspace() as work:
+            ray = session() if config.num_workers > 1 else nullcontext()
+            with ray, catalog.workspace() as work:
                 steps = _Steps(corpora=corpora, config=config, catalog=catalog, work=work)
                 report = steps.build(memory, code_version, started)
     log.info("dataset %s: %s", catalog.dataset, report)

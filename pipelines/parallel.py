@@ -1,7 +1,8 @@
 """The parallel steps of a build as Ray Data graphs: a row is an order for one task, its answer a report.
 
-Orders and reports are small documents; what they speak of lies in files. The caller has started Ray. Reports
-come in any order, so nothing may depend on it; a task may run twice, so it replaces whole files.
+Orders and reports are small documents; what they speak of lies in files. Reports come in any order, so
+nothing may depend on it; a task may run twice, so it replaces whole files. One worker is the calling process,
+without Ray; for more the caller has started it.
 """
 
 import logging
@@ -42,7 +43,7 @@ def each(
     weigh: Callable[[Report], int] = lambda report: 1,
     total: int | None = None,
 ) -> Iterator[Report]:
-    """Carry out every order in a Ray task, `config.num_workers` at a time.
+    """Carry out every order, `config.num_workers` at a time.
 
     what, weigh, total    for the progress that is logged: "checked rows", how many a report stands for, of
                           how many
@@ -51,6 +52,20 @@ def each(
     if not orders:
         return
     progress = _Progress(what, len(orders) if total is None else total)
+    one = config.num_workers == 1
+    for answer in map(partial(_answer, work), orders) if one else _in_ray(work, orders, config):
+        if fault := answer.get("corpus_fault"):
+            raise CorpusError(fault)
+        if fault := answer.get("fault"):
+            raise WorkerError(fault)
+        report = report_type.model_validate_json(answer["report"])
+        progress.add(weigh(report))
+        yield report
+
+
+def _in_ray(
+    work: Callable[[Order], Report], orders: Sequence[Order], config: BuildConfig
+) -> Iterator[dict[str, str]]:
     carried_out = _dataset(orders, config).map_batches(
         partial(_answers, work, type(orders[0])),
         batch_size=1,
@@ -60,14 +75,7 @@ def each(
         memory=config.memory_per_task_mb * 2**20 or None,
     )
     for table in _results(carried_out):
-        for answer in table.to_pylist():
-            if answer["corpus_fault"]:
-                raise CorpusError(answer["corpus_fault"])
-            if answer["fault"]:
-                raise WorkerError(answer["fault"])
-            report = report_type.model_validate_json(answer["report"])
-            progress.add(weigh(report))
-            yield report
+        yield from table.to_pylist()
 
 
 def _answers(work: Callable[[Order], Report], order_type: type[Order], orders: pa.Table) -> pa.Table:

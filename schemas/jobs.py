@@ -294,6 +294,25 @@ Format = Literal[
 ]
 
 
+# What each format reads of a corpus, beside the settings that all have; anything else set is an error.
+USES: dict[Format, tuple[str, ...]] = {
+    "coco_panoptic": ("images", "annotations", "labels"),
+    "coco_instances": ("images", "annotations"),
+    "index_maps": ("images", "labels", "classes", "seen_only"),
+    "cityscapes": ("images", "labels", "classes", "seen_only"),
+    "voc": ("images", "annotations", "labels", "instances", "classes", "seen_only", "background"),
+    "refcoco": ("images", "annotations", "instances", "parts"),
+    "grounding": ("images", "annotations"),
+    "visual_genome": ("images", "annotations", "questions", "regions"),
+    "coco_captions": ("images", "annotations"),
+    "karpathy": ("images", "annotations", "parts"),
+    "captions_table": ("images", "annotations", "image_column", "caption_column"),
+    "webdataset": ("annotations", "caption_column"),
+    "vqa_v2": ("images", "annotations", "questions"),
+    "dataset": ("parts",),
+}
+
+
 class CorpusConfig(Settings):
     """One corpus, or one split of it. Its reader (pipelines/corpora) says which paths its format needs."""
 
@@ -329,6 +348,18 @@ class CorpusConfig(Settings):
         description="whose numbers the images have, e.g. coco: one number in two corpora is one image",
     )
     limit: NonNegative = Field(default=0, description="at most this many images; 0 is all")
+
+    @model_validator(mode="after")
+    def _used(self) -> "CorpusConfig":
+        special = {setting for settings in USES.values() for setting in settings}
+        fields = type(self).model_fields
+        given = {name for name in special if getattr(self, name) != fields[name].default}
+        if unused := sorted(given - set(USES[self.format])):
+            raise ValueError(
+                f"corpus {self.name!r}: format {self.format} does not use {', '.join(unused)}; "
+                f"it uses {', '.join(USES[self.format])}"
+            )
+        return self
 
 
 def _pattern(expression: str) -> str:
@@ -390,7 +421,9 @@ class CurateConfig(Settings):
 
 
 class BuildConfig(Settings):
-    num_workers: Positive = Field(default=2, description="concurrent Ray tasks")
+    num_workers: Positive = Field(
+        default=2, description="concurrent Ray tasks; 1 works in the process of the job, without Ray"
+    )
     shard_samples: Positive = 500
     shard_mb: Positive = 256
     max_reject_share: Fraction = Field(
@@ -585,9 +618,9 @@ class RebuildJob(Job):
     def _has_corpora(self) -> "RebuildJob":
         if self.demo is None and not self.corpora:
             raise ValueError("nothing to build: give corpora, or a demo section")
-        keys = [(c.name, c.split, c.annotations) for c in self.corpora]
+        keys = [(c.name, c.split, c.root, c.images, c.annotations) for c in self.corpora]
         if len(set(keys)) < len(keys):
-            raise ValueError("two corpora have the same name, split and annotations")
+            raise ValueError("two corpora have the same name, split, root, images and annotations")
         return self
 
 

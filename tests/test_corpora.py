@@ -227,6 +227,11 @@ def test_a_sound_corpus_gives_a_row_an_image_and_no_reject(root: Path, form: str
         assert all((root / file).is_file() for file in row.source.files)
 
 
+def test_a_setting_that_a_format_does_not_use_is_an_error(root: Path) -> None:
+    with pytest.raises(ValueError, match="format webdataset does not use classes, labels; it uses annot"):
+        corpus(root, "webdataset", labels="maps", classes="coco")
+
+
 def test_limit_counts_images(root: Path) -> None:
     for form in FILES:
         assert len(both(corpus(root, form, limit=1))[0]) == 1

@@ -6,7 +6,6 @@ import json
 import pickle
 import shutil
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from assembled import assemble
 from PIL import Image
 
 from pipelines import labels, places
 from pipelines.corpora.readers import fingerprints, read, taxonomies
 from pipelines.corpora.rows import CorpusError, Row
-from pipelines.curate import Curated, curate
-from pipelines.inspection import inspect
 from schemas.jobs import CorpusConfig
 from schemas.masks import decode_rle
 from schemas.records import Reject, SampleMeta
@@ -41,16 +39,9 @@ def both(config: CorpusConfig) -> tuple[list[Row], list[Reject]]:
     return [i for i in items if isinstance(i, Row)], [i for i in items if isinstance(i, Reject)]
 
 
-def curated(rows: Sequence[Row]) -> Curated:
-    """What the build makes of rows, without its workers."""
-    files = {("image", row.image_path): inspect("image", row.image_path, LIMIT) for row in rows}
-    maps = [row.labels_path for row in rows if row.labels_path is not None]
-    return curate(rows, files | {("labels", place): inspect("labels", place, LIMIT) for place in maps})
-
-
 def metas(config: CorpusConfig) -> list[SampleMeta]:
     rows, rejects = both(config)
-    found = curated(rows)
+    found = assemble(rows, LIMIT)
     assert not rejects and not found.rejects, (rejects, found.rejects)
     return [entry.meta for entry in found.entries]
 
@@ -305,7 +296,7 @@ def test_smaller_objects_lie_on_top_and_crowds_below(tmp_path: Path) -> None:
 def test_a_hidden_object_is_a_reject_and_the_image_stays(tmp_path: Path) -> None:
     one = {"category_id": 1, "segmentation": square(1, 1, 2)}
     rows, rejects = both(coco(tmp_path, [one, one]))
-    assert [len(row.segments or ()) for row in rows] == [1] and not curated(rows).rejects
+    assert [len(row.segments or ()) for row in rows] == [1] and not assemble(rows, LIMIT).rejects
     assert [(r.record, r.reason) for r in rejects] == [("object 1", "segmentation")]
 
 
@@ -326,7 +317,7 @@ def test_things_derived_from_real_instances_equal_those_derived_elsewhere() -> N
         str(int(e.meta.key.removeprefix("c-"))): sorted(
             (s.category, int(s.iscrowd), s.area) for s in e.meta.segments or ()
         )
-        for e in curated(rows).entries
+        for e in assemble(rows, LIMIT).entries
     }
     assert len(rows) == len(found) == 40
     assert found == {image: expected[image] for image in found}
@@ -460,7 +451,7 @@ def test_image_bytes_in_a_table_are_read_at_their_place(tmp_path: Path, end: str
     assert not rejects and [row.captions for row in rows] == [("a", "b"), ("c",), ("d",)]
     assert [places.read(row.image_path) for row in rows] == data
     assert [row.image_id for row in rows] == [f"in/x.{end}#{i}" for i in (30, 31, 32)]
-    hashes = {e.meta.sha256 for e in curated(rows).entries}
+    hashes = {e.meta.sha256 for e in assemble(rows, LIMIT).entries}
     assert hashes == {hashlib.sha256(one).hexdigest() for one in data}
 
 

@@ -26,7 +26,9 @@ Found = tuple[str, str, str]  # place, image id, and the file below the root tha
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
-    """One row an image, after one reject an unusable record. Raises `CorpusError`."""
+    """One row an image: those in cells as they come, those at paths at the end, because a path may stand on
+    several lines; one reject an unusable record. Raises `CorpusError`.
+    """
     if not corpus.annotations:
         raise CorpusError(
             f"corpus {corpus.name!r} (captions_table): set `annotations` to a file or a pattern"
@@ -40,22 +42,29 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 if isinstance(image, Refusal):
                     raise image
                 sentences = [text(sentence) for sentence in _sentences(said)]
-                found = image if isinstance(image, tuple) else _file(corpus, image)
-                captions.setdefault(found, []).extend(sentences)
+                if isinstance(image, tuple):
+                    yield _row(corpus, image, sentences)
+                else:
+                    captions.setdefault(_file(corpus, image), []).extend(sentences)
             except Refusal as refusal:
                 yield refuse(corpus, name, refusal)
-    for (place, image_id, file), sentences in captions.items():
-        yield Row(
-            corpus=corpus.name,
-            split=corpus.split,
-            image_id=image_id,
-            image_path=place,
-            height=None,
-            width=None,
-            captions=tuple(sentences),
-            # no ids: line numbers would change with every line inserted above
-            source=Source(corpus=corpus.name, files=(file,), licence=corpus.licence),
-        )
+    for found, sentences in captions.items():
+        yield _row(corpus, found, sentences)
+
+
+def _row(corpus: CorpusConfig, found: Found, captions: list[str]) -> Row:
+    place, image_id, file = found
+    return Row(
+        corpus=corpus.name,
+        split=corpus.split,
+        image_id=image_id,
+        image_path=place,
+        height=None,
+        width=None,
+        captions=tuple(captions),
+        # no ids: line numbers would change with every line inserted above
+        source=Source(corpus=corpus.name, files=(file,), licence=corpus.licence),
+    )
 
 
 def _file(corpus: CorpusConfig, name: Any) -> Found:
@@ -189,14 +198,14 @@ def _rows(
 
 def _listed(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     try:
-        return batch.to_pylist()  # type: ignore[no-any-return]
+        return batch.to_pylist()
     except UnicodeDecodeError:  # Parquet promises UTF-8 and does not check it
         return [_record(batch, i) for i in range(len(batch))]
 
 
 def _record(batch: pa.RecordBatch, row: int) -> dict[str, Any]:
     try:
-        return batch.slice(row, 1).to_pylist()[0]  # type: ignore[no-any-return]
+        return batch.slice(row, 1).to_pylist()[0]
     except UnicodeDecodeError:
         return dict.fromkeys(batch.schema.names, "\udcff")  # refused as broken UTF-8
 

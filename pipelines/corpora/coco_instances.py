@@ -81,7 +81,7 @@ def _image(
             yield refuse(corpus, f"object {one.id}", refusal)
     masks.sort(key=lambda pair: (not pair[0].iscrowd, -area_of(pair[1]), str(pair[0].id)))
     shown = visible_areas([rle for _, rle in masks])
-    visible = []
+    visible: list[tuple[_Object, Rle]] = []
     for (one, rle), area in zip(masks, shown, strict=True):
         if area and len(visible) < MAX_INSTANCES:
             visible.append((one, rle))

@@ -56,7 +56,7 @@ def taxonomies(corpus: CorpusConfig) -> tuple[Taxonomy, ...]:
 
 def _table(path: Path) -> list[dict[str, Any]]:
     try:
-        return pq.read_table(path, columns=["key", "split", "shard", "offset", "size_bytes"]).to_pylist()  # type: ignore[no-any-return]
+        return pq.read_table(path, columns=["key", "split", "shard", "offset", "size_bytes"]).to_pylist()
     except (OSError, pa.ArrowException, ValueError, KeyError) as error:
         raise CorpusError(
             f"{path}: cannot be read ({error!s:.200}); `root` is the folder of a version, "

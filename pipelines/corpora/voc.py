@@ -58,10 +58,10 @@ def _classes(corpus: CorpusConfig) -> tuple[Taxonomy, SegmentRule]:
 def _row(corpus: CorpusConfig, name: str, rule: SegmentRule) -> Row:
     path, file = data_file(corpus, corpus.images, f"{name}.jpg", "no-image")
     labels, labels_file = data_file(corpus, corpus.labels, f"{name}.png", "no-labels")
-    place, files = label_place("index_from_0", labels), (file, labels_file)
+    place, files = label_place("index_from_0", labels), [file, labels_file]
     if corpus.instances:
         objects, objects_file = data_file(corpus, corpus.instances, f"{name}.png", "no-labels")
-        place, files = label_place("class_object", labels, objects), (*files, objects_file)
+        place, files = label_place("class_object", labels, objects), [*files, objects_file]
     return Row(
         corpus=corpus.name,
         split=corpus.split,
@@ -72,5 +72,5 @@ def _row(corpus: CorpusConfig, name: str, rule: SegmentRule) -> Row:
         taxonomy=corpus.name,
         labels_path=place,
         rule=rule,
-        source=Source(corpus=corpus.name, files=files, licence=corpus.licence),
+        source=Source(corpus=corpus.name, files=tuple(files), licence=corpus.licence),
     )
