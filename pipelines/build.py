@@ -24,7 +24,7 @@ from pipelines.catalog import Catalog, DatasetVersion, content_id
 from pipelines.checking import CheckOrder, CheckReport, check
 from pipelines.curate import name, reject
 from pipelines.facts import forget_others, inspection_digest
-from pipelines.grouping import REASONS, Groups, LightRows, Thumbnails, group, light_rows
+from pipelines.grouping import REASONS, Groups, LightRows, StoredThumbnails, group, light_rows
 from pipelines.joining import JoinOrder, JoinReport, join
 from pipelines.parallel import WorkerError, each
 from pipelines.planning import LightSamples, Plan, light_samples, plan
@@ -111,7 +111,9 @@ class _Steps:
         checks = self._check(sum(report.num_rows for report in harvests))
         files = self._files("checked", len(checks))
         rows = light_rows(files)
-        groups = group(rows, Thumbnails(rows, files), near_duplicates=self.config.curate.near_duplicates)
+        groups = group(
+            rows, StoredThumbnails(rows, files), near_duplicates=self.config.curate.near_duplicates
+        )
         rejects = self._rejects(rows, groups)
         num_read = sum(report.num_rows + report.num_rejects for report in harvests)
         self._check_all_gave(rows.corpus[groups.members], rejects)
@@ -145,7 +147,7 @@ class _Steps:
     def _read(self) -> list[Harvest]:
         """In the order of the corpora."""
         orders = [
-            HarvestOrder(corpus=corpus, number=number, work=str(self.work))
+            HarvestOrder(corpus=corpus, curate=self.config.curate, number=number, work=str(self.work))
             for number, corpus in enumerate(self.corpora)
         ]
         reports = each(harvest, orders, Harvest, self.config, what="read corpora")

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from pipelines.catalog import Counts, DatasetCard
 from pipelines.joining import JoinReport
 from pipelines.reading import Harvest
+from pipelines.screening import CHOSEN
 from schemas.records import SCHEMA_VERSION, Split
 from schemas.taxonomy import Taxonomy
 
@@ -71,10 +72,14 @@ def by_reason(rejects: pa.Table) -> dict[str, int]:
 
 
 def check_balance(num_read: int, num_kept: int, rejects: pa.Table, limit: float) -> None:
-    """Every row read is kept or rejected, and not too many are. Raises `BuildError`."""
+    """Every row read is kept or rejected, and not too many are, beside those that the settings ask to reject.
+
+    Raises `BuildError`.
+    """
     assert num_read == num_kept + len(rejects), (num_read, num_kept, len(rejects))
-    if len(rejects) > limit * num_read:
-        share = f"{len(rejects)} of {num_read} records were rejected, more than max_reject_share {limit:g}"
+    faulty = sum(count for reason, count in by_reason(rejects).items() if reason not in CHOSEN)
+    if faulty > limit * num_read:
+        share = f"{faulty} of {num_read} records were rejected, more than max_reject_share {limit:g}"
         raise BuildError(f"{share}; mend the corpora or raise it; nothing was published:{examples(rejects)}")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.duplicates import THUMBNAIL_BYTES, find_copies
+from pipelines.duplicates import THUMBNAIL_BYTES, Thumbnails, find_copies
 from pipelines.spool import gather, mapped
 from schemas.masks import Array
 
@@ -96,7 +96,7 @@ def light_rows(files: Sequence[Path]) -> LightRows:
     )
 
 
-class Thumbnails:
+class StoredThumbnails:
     """uint8[n, 1152] of any light rows; they stay on disk until then."""
 
     def __init__(self, rows: LightRows, files: Sequence[Path]) -> None:

@@ -12,12 +12,14 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from pipelines.atomic import write_atomically
+from pipelines.captions import repeated
 from pipelines.catalog import SourceCard
 from pipelines.corpora import readers
 from pipelines.corpora.rows import Row
 from pipelines.labels import SegmentRule
+from pipelines.screening import all_captions, screen
 from pipelines.spool import RUN, save
-from schemas.jobs import CorpusConfig
+from schemas.jobs import CorpusConfig, CurateConfig
 from schemas.records import REJECTS, Record, Reject
 from schemas.taxonomy import Taxonomy
 
@@ -30,6 +32,7 @@ class HarvestOrder(Record):
     """Read a corpus, the `number`th of the build, into the folder `work`."""
 
     corpus: CorpusConfig
+    curate: CurateConfig
     number: int
     work: str
 
@@ -51,7 +54,9 @@ def harvest(order: HarvestOrder) -> Harvest:
     run = _Run()
     rules: dict[str, int] = {}  # one serves all rows of a corpus: it is stored once
     num_rows = num_runs = 0
-    for item in readers.read(corpus):
+    most = order.curate.captions.max_repeats if corpus.split == "train" else 0
+    often = repeated(all_captions(readers.read(corpus)), most) if most else frozenset()
+    for item in screen(readers.read(corpus), order.curate, often):
         if isinstance(item, Reject):
             rejects.append(item.model_dump())
             continue

@@ -6,6 +6,7 @@ file is refused within a second.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -361,12 +362,62 @@ class CorpusConfig(Settings):
         return self
 
 
+def _pattern(expression: str) -> str:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{expression!r} is no regular expression: {error}") from None
+    return expression
+
+
+class CaptionRules(Settings):
+    """Which captions of training splits are refused; 0 and empty refuse none."""
+
+    min_words: NonNegative = 0
+    max_words: NonNegative = 0
+    min_characters: NonNegative = 0
+    max_characters: NonNegative = 0
+    scripts: tuple[Annotated[str, Field(pattern="^[a-z]+$")], ...] = Field(
+        default=(), description="allowed ones by their Unicode names: latin, cyrillic, cjk, hangul ..."
+    )
+    min_script_share: Fraction = Field(default=0.5, description="least share of letters of those scripts")
+    boilerplate: tuple[Annotated[str, AfterValidator(_pattern)], ...] = Field(
+        default=(), description="regular expressions, of any case, found anywhere"
+    )
+    refuse_addresses: bool = Field(default=False, description="captions with a web or mail address")
+    refuse_markup: bool = Field(default=False, description="captions with HTML tags or entities")
+    max_repeats: NonNegative = Field(
+        default=0, description="refuse what stands more often in its corpus, in all places; reads it twice"
+    )
+
+    @model_validator(mode="after")
+    def _some_pass(self) -> "CaptionRules":
+        for what in ("words", "characters"):
+            least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if 0 < most < least:
+                raise ValueError(f"min_{what} {least} is more than max_{what} {most}: no caption would pass")
+        return self
+
+
+class LicenceRules(Settings):
+    """Which licences are kept, as patterns of the licence's name or address: "CC BY*", "*/by-nc*".
+
+    Case does not matter.
+    """
+
+    allow: tuple[str, ...] = Field(default=(), description="empty allows all")
+    deny: tuple[str, ...] = Field(default=(), description="goes before allow")
+    unknown: Literal["keep", "reject"] = Field(default="keep", description="images that state none")
+
+
 class CurateConfig(Settings):
     """What is kept of what could be read. Images of evaluation splits leave training whatever is set."""
 
     near_duplicates: Literal["keep", "reject"] = Field(
         default="keep", description="training images that look the same: marked, or all but one refused"
     )
+    captions: CaptionRules = CaptionRules()
+    licences: LicenceRules = LicenceRules()
 
 
 class BuildConfig(Settings):

@@ -14,7 +14,7 @@ from pipelines.checking import decided_by
 from pipelines.corpora.rows import Row
 from pipelines.curate import files_of, refusal
 from pipelines.facts import Files
-from pipelines.grouping import REASONS, Thumbnails, group, light_rows
+from pipelines.grouping import REASONS, StoredThumbnails, group, light_rows
 from pipelines.inspection import inspect
 from pipelines.reading import ROW
 from pipelines.shards import Entry, write
@@ -48,7 +48,7 @@ def curated(
         path = Path(folder) / "checked-0000.arrow"
         save(path, pa.Table.from_pylist(documents, schema=CHECKED))
         light = light_rows([path])
-        groups = group(light, Thumbnails(light, [path]), near_duplicates=near_duplicates)
+        groups = group(light, StoredThumbnails(light, [path]), near_duplicates=near_duplicates)
     keys, entries = groups.key.to_pylist(), []
     for sample in range(len(groups.home)):
         members = light.row[groups.members[np.flatnonzero(groups.sample == sample)]].tolist()

@@ -301,18 +301,28 @@ def test_a_bad_file_is_a_reject_with_the_reason(
     assert report.num_samples == len(catalog.open().samples) == 23
 
 
+def encode_again(image: Path, copy: Path) -> None:
+    with Image.open(image) as opened:
+        small = opened.crop((3, 0, 64, 61)).resize((48, 48)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        small.save(copy, "JPEG", quality=60)
+
+
+@pytest.mark.parametrize(("duplicate", "how"), [(shutil.copy, "is this image"), (encode_again, "a copy of")])
 def test_an_image_of_the_validation_split_never_reaches_training(
-    world: tuple[CorpusConfig, ...], tmp_path: Path
+    world: tuple[CorpusConfig, ...],
+    tmp_path: Path,
+    duplicate: Callable[[Path, Path], None],
+    how: str,
 ) -> None:
-    """Also under another name, and through another corpus."""
+    """Also under another name, and through another corpus, and cropped, shrunk, mirrored and encoded anew."""
     scenes, captions = pick(world, "coco_panoptic", "val"), pick(world, "captions_table")
     image = sorted((Path(scenes.root) / scenes.images).iterdir())[0]
     first = (Path(captions.root) / captions.annotations).read_text().splitlines()[1].split("\t")[0]
-    shutil.copy(image, Path(captions.root) / captions.images / first)
+    duplicate(image, Path(captions.root) / captions.images / first)
     catalog = Catalog(tmp_path, "demo")
     report = build([captions, scenes], CONFIG, catalog)
     (why,) = reasons(catalog).values()
-    assert report.rejects == {"leakage": 1} and "demo-scenes image" in why and "val" in why
+    assert report.rejects == {"leakage": 1} and "demo-scenes image" in why and "val" in why and how in why
     splits: dict[str, set[str]] = {"train": set(), "val": set()}
     for split, stream in (("train", "image_text"), ("val", "segmentation")):
         splits[split] = {s.meta.sha256 for s in read_samples(catalog.open(), split=split, stream=stream)}  # type: ignore[arg-type]
