@@ -127,6 +127,10 @@ def _datasets(arguments: argparse.Namespace) -> int:
             outcome = datasets.rollback(root, name)
         case "view":
             outcome = datasets.view(root, name, arguments.version, arguments.out, arguments.limit)
+        case "export":
+            outcome = datasets.export(root, name, arguments.version, arguments.folder)
+        case "prune":
+            outcome = datasets.prune(root, name, arguments.keep, yes=arguments.yes)
     console.report(outcome, as_json=arguments.json)
     return 0
 
@@ -215,21 +219,28 @@ def _add_datasets(commands: Commands) -> None:
     for name, does in {
         "list": "all versions of all datasets",
         "show": "the card of a version",
-        "verify": "hash every shard again",
-        "diff": "what changed between two versions",
+        "verify": "read every byte again",
+        "diff": "which samples came, went and changed between two versions, and why",
         "rollback": "serve the version before the current one",
-        "view": "write a contact sheet (HTML)",
+        "view": "write a contact sheet (HTML) and log it to MLflow",
+        "export": "write a version in public forms (COCO, RefCOCO, VQA v2)",
+        "prune": "remove versions and shards that nothing needs",
     }.items():
         action = _stored(_command(actions, name, _datasets, does))
         action.add_argument("--dataset", default="demo")
-        if name in ("show", "verify", "view"):
+        if name == "export":
+            action.add_argument("folder", type=Path, metavar="DIR")
+        if name in ("show", "verify", "view", "export"):
             action.add_argument("version", nargs="?", default="current")
         if name == "diff":
             action.add_argument("before")
             action.add_argument("after", nargs="?", default="current")
         if name == "view":
             action.add_argument("--out", type=Path, default=Path("sheet.html"))
-            action.add_argument("--limit", type=int, default=100, help="samples shown")
+            action.add_argument("--limit", type=int, default=100, help="samples shown of a split and stream")
+        if name == "prune":
+            action.add_argument("--keep", type=int, default=3, help="so many of the newest stay in any case")
+            action.add_argument("--yes", action="store_true", help="remove; without it they are only listed")
 
 
 def _add_models(commands: Commands) -> None:

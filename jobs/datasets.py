@@ -2,10 +2,13 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jobs.console import Outcome
+from jobs.store import read_json
+from pipelines import export as public
 from pipelines.catalog import Catalog, CatalogError
+from pipelines.changes import What
 from pipelines.sheet import write_sheet
 
 
@@ -49,18 +52,18 @@ def show(store: Path, dataset: str, version: str) -> Outcome:
 
 
 def verify(store: Path, dataset: str, version: str) -> Outcome:
-    """Hash every shard again. Raises `CatalogError` that names the damaged ones."""
+    """Read every byte again. Raises `CatalogError` that names the damaged files."""
     data = Catalog(store, dataset).open(version)
     return Outcome(facts={"dataset": dataset, "version": data.id, "verified_bytes": data.verify()})
 
 
 def diff(store: Path, dataset: str, before: str, after: str) -> Outcome:
-    """Which samples and shards differ between two versions."""
-    changes = asdict(Catalog(store, dataset).diff(before, after))
+    """Which samples came, went and changed between two versions, and why."""
+    found = Catalog(store, dataset).diff(before, after)
     facts: dict[str, Any] = {"dataset": dataset, "from": before, "to": after}
-    facts |= {what: len(names) for what, names in changes.items()}
-    rows = [{"change": what, "name": name} for what, names in changes.items() for name in names]
-    return Outcome(facts=facts, tables={"changes": rows})
+    facts |= {what: len(found.keys(what)) for what in get_args(What)}
+    facts |= {"shards added": len(found.shards_added), "shards removed": len(found.shards_removed)}
+    return Outcome(facts=facts, tables={"changes": [asdict(change) for change in found.changes]})
 
 
 def rollback(store: Path, dataset: str) -> Outcome:
@@ -69,8 +72,58 @@ def rollback(store: Path, dataset: str) -> Outcome:
 
 
 def view(store: Path, dataset: str, version: str, out: Path, limit: int) -> Outcome:
-    """Write a contact sheet, one HTML file."""
+    """Write a contact sheet, one HTML file, and log it to MLflow with the version."""
+    from jobs.tracking import connect  # here, because most of these commands need no MLflow
+
     if out.is_dir():
         raise CatalogError(f"{out} is a folder; name the HTML file to write")
-    write_sheet(Catalog(store, dataset).open(version), out, limit)
-    return Outcome(facts={"sheet": str(out)})
+    data = Catalog(store, dataset).open(version)
+    num_shown = write_sheet(data, out, limit)
+    tracker = connect(store)
+    run = tracker.start(f"{dataset} data", f"{dataset}@{data.id}", {"limit": limit}, {"dataset": data.id})
+    counts = {split: count.model_dump() for split, count in data.card.counts.items()}
+    tracker.log_dataset(run, name=dataset, version=data.id, profile=counts, context="view")
+    tracker.log_file(run, out)
+    tracker.end(run)
+    return Outcome(facts={"sheet": str(out), "samples": num_shown, "mlflow run": run})
+
+
+def export(store: Path, dataset: str, version: str, folder: Path) -> Outcome:
+    """Write a version in public forms, with the job file that reads them again."""
+    corpora = public.export(Catalog(store, dataset).open(version), folder.absolute())
+    rows = [{"corpus": c.name, "format": c.format, "split": c.split} for c in corpora]
+    again = f"python -m jobs {folder / 'rebuild.yaml'}"
+    return Outcome(facts={"folder": str(folder), "read it again": again}, tables={"corpora": rows})
+
+
+def prune(store: Path, dataset: str, keep: int, *, yes: bool) -> Outcome:
+    """Remove versions and shards that nothing needs; without `yes` only say which."""
+    catalog = Catalog(store, dataset)
+    needed = _needed(store, dataset)
+    rows = [row.model_dump() for row in catalog.prunable(needed, keep)]
+    going = sum(not row["kept_because"] for row in rows)
+    facts: dict[str, Any] = {"dataset": dataset, "versions that go": going}
+    if yes:
+        facts["freed bytes of shards"] = catalog.prune(needed, keep)
+    else:
+        facts["nothing was removed"] = "add --yes to remove them, and the shards that only they hold"
+    return Outcome(facts=facts, tables={"versions": rows})
+
+
+def _needed(store: Path, dataset: str) -> dict[str, str]:
+    """Versions that registered models or unfinished trainings need. Raises where that cannot be told."""
+    from jobs.tracking import connect
+
+    uses = [
+        (version.tags.get("dataset", ""), f"model {version.model} version {version.version}")
+        for version in connect(store).versions()
+    ]
+    for path in sorted((store / "runs").glob("*/run.json")):
+        run = read_json(path)
+        if not run.get("finished"):
+            if "dataset" not in run:
+                raise CatalogError(
+                    f"{path} does not say which version it trains on; finish or delete that run"
+                )
+            uses.append((run["dataset"], f"unfinished run {path.parent.name}"))
+    return {used.partition("@")[2]: by for used, by in uses if used.partition("@")[0] == dataset}

@@ -73,7 +73,8 @@ class Training:
 
     def remember(self, *, finished: bool) -> None:
         """`run.json` in the folder is how a later submission knows what to do."""
-        write_json(self.folder / "run.json", {"mlflow_run": self.tracked, "finished": finished})
+        said = {"mlflow_run": self.tracked, "dataset": self.dataset, "finished": finished}
+        write_json(self.folder / "run.json", said)
 
 
 def run(job: PretrainJob, store: Path, source: str) -> Outcome:

@@ -28,7 +28,7 @@ def run(job: RebuildJob, store: Path, source: str) -> Outcome:
     Raises `Busy` where another process rebuilds this dataset, `ValueError` for what can be mended.
     """
     following = _following(job, source)
-    with rebuild_lock(store, job.dataset), cluster.session():
+    with rebuild_lock(store, job.dataset):
         report = _build(job, store)
         outcome = Outcome(facts={"dataset": job.dataset, **asdict(report)})
         return _follow(outcome, following, store, job.dataset, report.version) if following else outcome
@@ -50,7 +50,13 @@ def _build(job: RebuildJob, store: Path) -> BuildReport:
     if job.demo is not None:
         corpora = (*demo.write(job.demo, store / job.demo.root), *corpora)
     try:
-        return build(corpora, job.build, Catalog(store, job.dataset), code_version=code_version())
+        return build(
+            corpora,
+            job.build,
+            Catalog(store, job.dataset),
+            code_version=code_version(),
+            session=cluster.session,
+        )
     except CatalogError as error:
         if HELD in str(error):
             raise Busy(str(error)) from error

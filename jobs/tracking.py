@@ -140,6 +140,16 @@ class Tracker:
         """Store the files under a folder with the run, as the folder `name`."""
         self.client.log_artifacts(run, str(folder), artifact_path=name)
 
+    @_explained
+    def log_file(self, run: str, path: Path) -> None:
+        """Store one file with the run."""
+        self.client.log_artifact(run, str(path))
+
+    @_explained
+    def end(self, run: str) -> None:
+        """Mark a run as finished."""
+        self.client.set_terminated(run, "FINISHED")
+
     @contextmanager
     def running(self, run: str) -> Iterator[None]:
         """The run ends with the block, finished or failed; meanwhile it samples the load of this machine."""

@@ -11,24 +11,29 @@ SUFFIX = ".tmp"
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; it takes its name when the block ends, and leaves no trace when the block raises."""
+def appearing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write; it takes its name when the block ends, and leaves no trace when the block raises.
+
+    durable    survives a power cut; what a build can make again need not
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Replace the content of a file in one step: a reader sees the old bytes or the new, never a part."""
-    with appearing(path) as file:
+    with appearing(path, durable=durable) as file:
         file.write(data)
 
 

@@ -1,40 +1,44 @@
-"""Corpora to a dataset version: the Ray Data graph that joins reading, inspection, curation and writing.
+"""Corpora to a dataset version: the flow that joins reading, inspection, curation and writing.
 
-    annotation files -> rows -> [Ray: hash and decode every file] -> curate -> plan -> [Ray: write shards]
-    -> publish
+    [read corpora] -> rows -> [check every file] -> group -> [join] -> plan -> [write shards] -> publish
 
-Equal inputs give equal bytes and the same version id, whatever the number of workers and the order in which
-they finish. Nothing is visible before everything is written. The caller has started Ray.
+What stands in brackets runs in Ray tasks on parts of the rows; groups and plan are decided here on arrays,
+and the rows themselves stay on disk. Equal inputs give equal bytes and the same version id, in whatever order
+the lines of an annotation file stand, whatever the number of workers and the order in which they finish.
+Nothing is visible before everything is written.
 """
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from pipelines.catalog import Catalog, Counts, DatasetCard, SourceCard, content_id
-from pipelines.corpora import readers
-from pipelines.corpora.rows import Row
-from pipelines.curate import Curated, Files, curate
-from pipelines.parallel import WorkerError, inspect_files, write_shards
-from pipelines.shards import Receipt, ShardPlan, file_sha256, plan, sample_row
+from pipelines.card import BuildError, by_reason, check_balance, examples, make_card, taxonomies
+from pipelines.catalog import Catalog, DatasetVersion, content_id
+from pipelines.checking import CheckOrder, CheckReport, check
+from pipelines.curate import name, reject
+from pipelines.facts import forget_others, inspection_digest
+from pipelines.grouping import REASONS, Groups, LightRows, StoredThumbnails, group, light_rows
+from pipelines.joining import JoinOrder, JoinReport, join
+from pipelines.parallel import WorkerError, each
+from pipelines.planning import LightSamples, Plan, light_samples, plan
+from pipelines.reading import ROW, Harvest, HarvestOrder, harvest
+from pipelines.spool import gather, mapped, prefixes, save
+from pipelines.storing import Shelf, manifest_table, samples_table
+from pipelines.unchanged import Memory, recall
 from schemas.jobs import BuildConfig, CorpusConfig
-from schemas.records import MANIFEST, REJECTS, SAMPLES, SCHEMA_VERSION, Reject, SampleMeta, Split
-from schemas.taxonomy import Taxonomy
+from schemas.masks import Array
+from schemas.records import REJECTS
 
 log = logging.getLogger(__name__)
 
-MAX_ANSWERS = 3129  # the answer list customary for VQA v2
-
-
-class BuildError(ValueError):
-    """A build that published nothing, and why."""
+ROWS_A_PART = 512  # chosen by us: about two seconds of decoding, for even progress and small tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,7 @@ class BuildReport:
     """The balance sheet: num_read = num_kept + sum(rejects), in rows; several rows may make one sample.
 
     new         whether this version did not exist before
+    inspected   files that were read and decoded, because nothing was known of them
     seconds     the whole build
     """
 
@@ -54,22 +59,22 @@ class BuildReport:
     num_shards: int
     shards_written: int
     bytes_written: int
+    inspected: int
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Reading:
-    rows: tuple[Row, ...]
-    rejects: tuple[Reject, ...]
-    taxonomies: dict[str, Taxonomy]
-    sources: tuple[SourceCard, ...]
-
-
 def build(
-    corpora: Sequence[CorpusConfig], config: BuildConfig, catalog: Catalog, *, code_version: str = "unknown"
+    corpora: Sequence[CorpusConfig],
+    config: BuildConfig,
+    catalog: Catalog,
+    *,
+    code_version: str = "unknown",
+    session: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> BuildReport:
     """Build and publish a version of the catalog's dataset, or find that the current one is it.
 
+    session    opens Ray, and is not called where nothing changed or one worker does it all; without it the
+               caller has started Ray
     Raises `CorpusError` where a corpus cannot be read, `CatalogError` where another build runs,
     `BuildError` where too much was rejected, nothing is left, or a worker failed. Then nothing was
     published.
@@ -78,180 +83,188 @@ def build(
     if not corpora:
         raise BuildError("no corpora to build from; list some under `corpora`")
     with catalog.building(), _blaming_workers():
-        reading = _read(corpora)
-        curated = curate(reading.rows, _inspect(reading.rows, config))
-        rejects = sorted((*reading.rejects, *curated.rejects), key=lambda r: tuple(r.model_dump().values()))
-        _check_balance(corpora, reading, curated, rejects, config.max_reject_share)
-        plans = plan(curated.entries, config.shard_samples, config.shard_mb * 2**20)
-        receipts, written = write_shards(plans, catalog.shards_root, config.num_workers)
-        tables = _tables(plans, receipts, rejects)
-        card = _card(catalog.dataset, code_version, reading, curated, rejects)
-        card = card.model_copy(update={"version": content_id(card, *tables)})
-        new = catalog.publish(card, *tables)
-    report = BuildReport(
-        version=card.version,
-        new=new,
-        num_read=card.num_read,
-        num_kept=card.num_kept,
-        rejects=card.rejects,
-        num_samples=len(curated.entries),
-        num_shards=len(plans),
-        shards_written=len(written),
-        bytes_written=sum(receipts[name].size_bytes for name in written),
-        seconds=time.monotonic() - started,
-    )
+        memory = recall(corpora, config, catalog.cache / "inputs.json", catalog.root)
+        version = memory.version()
+        if version is not None and version in catalog.versions():
+            catalog.serve(version)
+            report = _unchanged(catalog.open(version), time.monotonic() - started)
+        else:
+            ray = session() if config.num_workers > 1 else nullcontext()
+            with ray, catalog.workspace() as work:
+                steps = _Steps(corpora=corpora, config=config, catalog=catalog, work=work)
+                report = steps.build(memory, code_version, started)
     log.info("dataset %s: %s", catalog.dataset, report)
     return report
 
 
-def _read(corpora: Sequence[CorpusConfig]) -> _Reading:
-    rows: list[Row] = []
-    rejects: list[Reject] = []
-    taxonomies: dict[str, Taxonomy] = {}
-    for corpus in corpora:
-        before = len(rows)
-        for item in readers.read(corpus):
-            (rejects if isinstance(item, Reject) else rows).append(item)  # type: ignore[arg-type]
-        log.info("read %s (%s, %s): %d rows", corpus.name, corpus.format, corpus.split, len(rows) - before)
-        taxonomy = readers.taxonomy(corpus)
-        if taxonomy is not None and taxonomies.setdefault(taxonomy.name, taxonomy) != taxonomy:
+@dataclass(frozen=True, kw_only=True)
+class _Steps:
+    """One build, step by step. What a step makes lies in `work`, one file a part."""
+
+    corpora: Sequence[CorpusConfig]
+    config: BuildConfig
+    catalog: Catalog
+    work: Path
+
+    def build(self, memory: Memory, code_version: str, started: float) -> BuildReport:
+        harvests = self._read()
+        checks = self._check(sum(report.num_rows for report in harvests))
+        files = self._files("checked", len(checks))
+        rows = light_rows(files)
+        groups = group(
+            rows, StoredThumbnails(rows, files), near_duplicates=self.config.curate.near_duplicates
+        )
+        rejects = self._rejects(rows, groups)
+        num_read = sum(report.num_rows + report.num_rejects for report in harvests)
+        self._check_all_gave(rows.corpus[groups.members], rejects)
+        check_balance(num_read, len(groups.members), rejects, self.config.max_reject_share)
+        joined = self._join(rows, groups, len(checks))
+        samples, planned = self._plan(len(checks))
+        shelf = Shelf(folder=self.catalog.shards_root, stamps=self.catalog.cache / "shards.json")
+        stored = shelf.store(samples, planned, self.work, len(checks), self.config)
+        tables = (manifest_table(stored), samples_table(samples, planned, stored), rejects)
+        card = make_card(self.catalog.dataset, code_version, harvests, joined, rejects, len(groups.members))
+        card = card.model_copy(update={"version": content_id(card, *tables)})
+        new = self.catalog.publish(card, *tables)
+        memory.remember(card.version, [*shelf.files(stored), *self.catalog.files(card.version)])
+        return BuildReport(
+            version=card.version,
+            new=new,
+            num_read=num_read,
+            num_kept=card.num_kept,
+            rejects=by_reason(rejects),
+            num_samples=len(samples.key),
+            num_shards=len(stored),
+            shards_written=sum(shard.written for shard in stored),
+            bytes_written=sum(shard.receipt.size_bytes for shard in stored if shard.written),
+            inspected=sum(report.num_inspected for report in checks),
+            seconds=time.monotonic() - started,
+        )
+
+    def _files(self, kind: str, num_parts: int) -> list[Path]:
+        return [self.work / f"{kind}-{part:04d}.arrow" for part in range(num_parts)]
+
+    def _read(self) -> list[Harvest]:
+        """In the order of the corpora."""
+        orders = [
+            HarvestOrder(corpus=corpus, curate=self.config.curate, number=number, work=str(self.work))
+            for number, corpus in enumerate(self.corpora)
+        ]
+        reports = each(harvest, orders, Harvest, self.config, what="read corpora")
+        found = sorted(reports, key=lambda report: report.number)
+        for corpus, report in zip(self.corpora, found, strict=True):
+            log.info("read %s (%s, %s): %d rows", corpus.name, corpus.format, corpus.split, report.num_rows)
+        taxonomies(found)  # two that contradict each other are found before hours of decoding
+        return found
+
+    def _check(self, num_rows: int) -> list[CheckReport]:
+        parts = prefixes(num_rows, ROWS_A_PART)
+        facts = self.catalog.cache / f"facts-{inspection_digest(self.config.max_pixels)}"
+        facts.mkdir(parents=True, exist_ok=True)
+        shared: dict[str, Any] = {"work": str(self.work), "facts": str(facts)}
+        shared["max_pixels"] = self.config.max_pixels
+        orders = [CheckOrder(part=part, prefix=prefix, **shared) for part, prefix in enumerate(parts)]
+        reports = each(
+            check,
+            orders,
+            CheckReport,
+            self.config,
+            what="checked rows",
+            weigh=lambda report: report.num_rows,
+            total=num_rows,
+        )
+        checked = sorted(reports, key=lambda report: report.part)
+        forget_others(self.catalog.cache, facts, parts)
+        return checked
+
+    def _rejects(self, rows: LightRows, groups: Groups) -> pa.Table:
+        """Of the readers, of the checks and of the grouping, in an order that only they decide."""
+        paths = [*sorted(self.work.glob("unread-*.arrow")), *sorted(self.work.glob("refused-*.arrow"))]
+        for_others = pa.Table.from_pylist(list(self._refused(rows, groups)), schema=REJECTS)
+        table = pa.concat_tables([*map(mapped, paths), for_others])
+        return table.sort_by([(column, "ascending") for column in REJECTS.names]).combine_chunks()
+
+    def _refused(self, rows: LightRows, groups: Groups) -> Iterator[dict[str, str]]:
+        if not len(groups.refused):
+            return
+        files = sorted(self.work.glob("checked-*.arrow"))
+        refused, because = (
+            gather(files, rows.part[chosen], rows.row[chosen], ["document"])["document"].to_pylist()
+            for chosen in (groups.refused, groups.because)
+        )
+        for one, other, why in zip(refused, because, groups.why.tolist(), strict=True):
+            reason, detail = REASONS[why]
+            detail = detail.format(name(ROW.validate_json(other)))
+            yield reject(ROW.validate_json(one), reason, detail).model_dump()
+
+    def _check_all_gave(self, kept: Array, rejects: pa.Table) -> None:
+        """Every corpus gave something."""
+        gave = {(self.corpora[i].name, self.corpora[i].split) for i in np.unique(kept).tolist()}
+        barren = [f"{c.name} ({c.split})" for c in self.corpora if (c.name, c.split) not in gave]
+        if barren:
             raise BuildError(
-                f"the splits of corpus {corpus.name!r} list different categories; give them two names"
+                f"nothing of {', '.join(barren)} could be kept; nothing was published:{examples(rejects)}"
             )
-    _check_kinds(taxonomies)
-    return _Reading(
-        rows=tuple(rows),
-        rejects=tuple(rejects),
-        taxonomies=taxonomies,
-        sources=tuple(_source(corpus) for corpus in corpora),
-    )
 
-
-def _check_kinds(taxonomies: dict[str, Taxonomy]) -> None:
-    """A class cannot be a thing in one corpus and stuff in another: predictions carry its name alone."""
-    kinds: dict[str, tuple[bool, str]] = {}
-    for corpus, taxonomy in taxonomies.items():
-        for category in taxonomy.categories:
-            isthing, other = kinds.setdefault(category.name, (category.isthing, corpus))
-            if isthing != category.isthing:
-                raise BuildError(
-                    f"{category.name!r} is a thing in one of {other!r}, {corpus!r}, stuff in the other"
-                )
-
-
-def _source(corpus: CorpusConfig) -> SourceCard:
-    names = [name for name in (corpus.annotations, corpus.instances, corpus.questions) if name]
-    return SourceCard(
-        corpus=corpus.name,
-        format=corpus.format,
-        split=corpus.split,
-        licence=corpus.licence,
-        files={name: file_sha256(Path(corpus.root) / name) for name in names},
-    )
-
-
-def _inspect(rows: Sequence[Row], config: BuildConfig) -> Files:
-    """Facts of every distinct file that a row names."""
-    wanted = dict.fromkeys(("image", row.image_path) for row in rows)
-    wanted |= dict.fromkeys(("labels", row.labels_path) for row in rows if row.labels_path is not None)
-    return inspect_files(tuple(wanted), config.max_pixels, config.num_workers)
-
-
-def _check_balance(
-    corpora: Sequence[CorpusConfig],
-    reading: _Reading,
-    curated: Curated,
-    rejects: Sequence[Reject],
-    limit: float,
-) -> None:
-    """Every row read is kept or rejected, not too many are, and every corpus gave something."""
-    num_read = len(reading.rows) + len(reading.rejects)
-    assert num_read == curated.num_kept + len(rejects), (num_read, curated.num_kept, len(rejects))
-    examples = {r.reason: f"{r.corpus} {r.split}, {r.record}: {r.detail}" for r in reversed(rejects)}
-    listed = "".join(
-        f"\n  {reason}: {count}, e.g. {examples[reason]}"
-        for reason, count in Counter(r.reason for r in rejects).most_common()
-    )
-    kept = {(s.corpus, e.meta.split) for e in curated.entries for s in e.meta.sources}
-    barren = [f"{c.name} ({c.split})" for c in corpora if (c.name, c.split) not in kept]
-    if barren:
-        raise BuildError(f"nothing of {', '.join(barren)} could be kept; nothing was published:{listed}")
-    if len(rejects) > limit * num_read:
-        share = f"{len(rejects)} of {num_read} records were rejected, more than max_reject_share {limit:g}"
-        raise BuildError(f"{share}; mend the corpora or raise it; nothing was published:{listed}")
-
-
-def _tables(
-    plans: Sequence[ShardPlan], receipts: Mapping[str, Receipt], rejects: Sequence[Reject]
-) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """manifest, samples and rejects, each in an order that only their content decides."""
-    shards, samples = [], []
-    for shard in sorted(plans, key=lambda s: s.name):
-        receipt = receipts[shard.name]
-        shards.append(
+    def _join(self, rows: LightRows, groups: Groups, num_parts: int) -> list[JoinReport]:
+        members = pa.table(
             {
-                "shard": shard.name,
-                "split": shard.split,
-                "stream": shard.stream,
-                "samples": len(shard.entries),
-                "size_bytes": receipt.size_bytes,
-                "sha256": receipt.sha256,
+                "part": rows.part[groups.members],
+                "row": rows.row[groups.members],
+                "sample": groups.sample,
+                "key": groups.key.take(pa.array(groups.sample)),
+                "copy_of": groups.copy_of.take(pa.array(groups.sample)),
             }
         )
-        samples += [sample_row(m, e, shard) for m, e in zip(receipt.members, shard.entries, strict=True)]
-    return (
-        pa.Table.from_pylist(shards, schema=MANIFEST),
-        pa.Table.from_pylist(sorted(samples, key=lambda row: row["key"]), schema=SAMPLES),
-        pa.Table.from_pylist([r.model_dump() for r in rejects], schema=REJECTS),
+        save(self.work / "members.arrow", members)
+        edges = np.searchsorted(groups.home[groups.sample], np.arange(num_parts + 1)).tolist()
+        shared: dict[str, Any] = {"work": str(self.work), "num_parts": num_parts}
+        orders = [
+            JoinOrder(part=part, first=edges[part], stop=edges[part + 1], **shared)
+            for part in range(num_parts)
+        ]
+        reports = each(
+            join,
+            orders,
+            JoinReport,
+            self.config,
+            what="joined samples",
+            weigh=lambda report: sum(count.samples for count in report.counts.values()),
+            total=len(groups.home),
+        )
+        return sorted(reports, key=lambda report: report.part)
+
+    def _plan(self, num_parts: int) -> tuple[LightSamples, Plan]:
+        samples = light_samples(self._files("entries", num_parts))
+        planned = plan(
+            samples.kind,
+            samples.bits,
+            samples.rank,
+            samples.source_bytes,
+            samples.digest,
+            max_samples=self.config.shard_samples,
+            max_bytes=self.config.shard_mb * 2**20,
+        )
+        places = {"part": samples.part[planned.order], "row": samples.row[planned.order]}
+        save(self.work / "plan.arrow", pa.table(places))
+        return samples, planned
+
+
+def _unchanged(version: DatasetVersion, seconds: float) -> BuildReport:
+    card = version.card
+    return BuildReport(
+        version=version.id,
+        new=False,
+        num_read=card.num_read,
+        num_kept=card.num_kept,
+        rejects=card.rejects,
+        num_samples=sum(count.samples for count in card.counts.values()),
+        num_shards=len(version.manifest),
+        shards_written=0,
+        bytes_written=0,
+        inspected=0,
+        seconds=seconds,
     )
-
-
-def _card(
-    dataset: str, code_version: str, reading: _Reading, curated: Curated, rejects: Sequence[Reject]
-) -> DatasetCard:
-    metas = [entry.meta for entry in curated.entries]
-    return DatasetCard(
-        dataset=dataset,
-        version="",
-        schema_version=SCHEMA_VERSION,
-        code_version=code_version,
-        sources=reading.sources,
-        num_read=len(reading.rows) + len(reading.rejects),
-        num_kept=curated.num_kept,
-        rejects=dict(sorted(Counter(r.reason for r in rejects).items())),
-        counts={split: _counts([m for m in metas if m.split == split]) for split in get_args(Split)},
-        taxonomies=_seen(reading.taxonomies, metas),
-        answers=_answers(metas),
-    )
-
-
-def _counts(metas: Sequence[SampleMeta]) -> Counts:
-    return Counts(
-        samples=len(metas),
-        segments=sum(len(m.segments or ()) for m in metas),
-        referring=sum(len(r.sentences) for m in metas for r in m.referring),
-        captions=sum(len(m.captions) for m in metas),
-        questions=sum(len(m.questions) for m in metas),
-    )
-
-
-def _seen(taxonomies: Mapping[str, Taxonomy], metas: Sequence[SampleMeta]) -> dict[str, Taxonomy]:
-    """Mark the classes that have a training mask, in taxonomies that have any."""
-    masked: dict[str, set[str]] = {name: set() for name in taxonomies}
-    for meta in metas:
-        if meta.split == "train" and meta.taxonomy is not None:
-            masked[meta.taxonomy] |= {segment.category for segment in meta.segments or ()}
-    marked = {}
-    for name, taxonomy in taxonomies.items():
-        seen = masked[name] or set(taxonomy.names)
-        categories = tuple(c.model_copy(update={"seen": c.name in seen}) for c in taxonomy.categories)
-        marked[name] = Taxonomy(name=name, categories=categories)
-    return marked
-
-
-def _answers(metas: Sequence[SampleMeta]) -> tuple[str, ...]:
-    given = Counter(a for m in metas if m.split == "train" for q in m.questions for a in q.answers)
-    return tuple(sorted(given, key=lambda answer: (-given[answer], answer))[:MAX_ANSWERS])
 
 
 @contextmanager

@@ -1,36 +1,25 @@
-"""Keep or reject, with a reason; join what several corpora say of one image. Pure: facts in, decisions out.
+"""One row, or the rows of one image, with the facts of their files: refused with a reason, or a sample.
 
-The balance is a law: every row read is either part of exactly one sample, or exactly one reject.
-Duplicates are recognised by equal bytes; an image that any evaluation split holds never reaches training.
+Pure: facts in, decisions out. What needs a look at all rows at once (duplicates, leakage, keys) is decided in
+grouping.py.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeVar
 
 from pipelines.corpora.rows import Row
+from pipelines.facts import Files
 from pipelines.inspection import Facts
+from pipelines.labels import LabelError, segments_of
 from pipelines.shards import MAX_SEGMENTS, Entry
 from schemas.records import Reject, SampleMeta, Segment
 
-Files = Mapping[tuple[str, str], Facts]  # by ("image" or "labels", path)
-Reason = Literal[
-    "size", "segments", "unannotated", "leakage", "duplicate-labels"
-]  # beside a file's own fault
+Reason = Literal["size", "segments", "unannotated"]  # beside a file's own fault
 
-_MAX_KEY = 80  # characters; with a suffix it must fit the 100 of a USTAR name
+_MAX_KEY = 70  # characters; with a suffix and `.segments.png` it must fit the 100 of a USTAR name
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curated:
-    """Samples in key order, rejects, and how many rows went into the samples."""
-
-    entries: tuple[Entry, ...]
-    rejects: tuple[Reject, ...]
-    num_kept: int
 
 
 class _Refused(Exception):
@@ -39,30 +28,22 @@ class _Refused(Exception):
         self.reason, self.detail = reason, detail
 
 
-def curate(rows: Sequence[Row], files: Files) -> Curated:
-    """Rows in the order of the corpora -> samples and rejects."""
-    rejects: list[Reject] = []
-    good = [row for row in rows if _passes(row, files, rejects)]
-    held_out = {files["image", row.image_path].sha256: row for row in good if row.split == "val"}
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in good:
-        sha256 = files["image", row.image_path].sha256
-        group = groups.get((row.split, sha256), [])
-        if row.split == "train" and sha256 in held_out:
-            rejects.append(
-                _reject(row, "leakage", f"{_name(held_out[sha256])} of the val split is this image")
-            )
-        elif row.segments is not None and any(other.segments is not None for other in group):
-            rejects.append(_reject(row, "duplicate-labels", f"{_name(group[0])} has segments of this image"))
-        else:
-            groups.setdefault((row.split, sha256), []).append(row)
-    keys: set[str] = set()
-    entries = [_entry(group, files, keys) for group in groups.values()]
-    return Curated(
-        entries=tuple(sorted(entries, key=lambda e: e.meta.key)),
-        rejects=tuple(rejects),
-        num_kept=sum(len(group) for group in groups.values()),
-    )
+def files_of(row: Row) -> tuple[tuple[str, str], ...]:
+    """The (kind, place) of every file that the row needs."""
+    image = ("image", row.image_path)
+    return (image,) if row.labels_path is None else (image, ("labels", row.labels_path))
+
+
+def refusal(row: Row, files: Files) -> Reject | None:
+    """Why the row cannot be used; None where it can."""
+    try:
+        _check_image(row, files["image", row.image_path])
+        segments = _segments(row, files)
+        if not (segments or row.referring or row.captions or row.questions):
+            raise _Refused("unannotated", "nothing is said about this image")
+    except _Refused as refused:
+        return reject(row, refused.reason, refused.detail)
+    return None
 
 
 def sample_key(corpus: str, image_id: str) -> str:
@@ -77,19 +58,6 @@ def sample_key(corpus: str, image_id: str) -> str:
     )
 
 
-def _passes(row: Row, files: Files, rejects: list[Reject]) -> bool:
-    try:
-        _check_image(row, files["image", row.image_path])
-        if row.segments is not None:
-            _check_labels(row, files["image", row.image_path], files["labels", str(row.labels_path)])
-        if not (row.segments or row.referring or row.captions or row.questions):
-            raise _Refused("unannotated", "nothing is said about this image")
-    except _Refused as refused:
-        rejects.append(_reject(row, refused.reason, refused.detail))
-        return False
-    return True
-
-
 def _check_image(row: Row, image: Facts) -> None:
     if image.fault:
         raise _Refused(image.fault, image.detail)
@@ -99,32 +67,50 @@ def _check_image(row: Row, image: Facts) -> None:
         raise _Refused("size", f"annotated as height, width {wrong[0]}, the file is {found}")
 
 
+def _segments(row: Row, files: Files) -> tuple[Segment, ...]:
+    """Those that are listed or follow from the rule, areas and boxes as the pixels have them."""
+    if row.labels_path is None:
+        return ()
+    labels = files["labels", row.labels_path]
+    _check_labels(row, files["image", row.image_path], labels)
+    if row.rule is None:
+        listed = row.segments or ()
+        _check_listed(row, {segment.id for segment in listed}, labels)
+        return tuple(s.model_copy(update=vars(labels.regions[s.id])) for s in listed)
+    try:
+        return segments_of(row.rule, labels.regions)
+    except LabelError as error:
+        raise _Refused(error.fault, f"{_short(row)}: {error.detail}") from None
+
+
+def _short(row: Row) -> str:
+    """The label place, which may hold masks, cut."""
+    return f"{row.labels_path:.200}"
+
+
 def _check_labels(row: Row, image: Facts, labels: Facts) -> None:
     if labels.fault:
         raise _Refused(labels.fault, labels.detail)
     if (labels.height, labels.width) != (image.height, image.width):
         sizes = f"{(labels.height, labels.width)}, the image {(image.height, image.width)}"
-        raise _Refused("size", f"{row.labels_path} has height, width {sizes}")
-    listed = {segment.id for segment in row.segments or ()}
+        raise _Refused("size", f"{_short(row)} has height, width {sizes}")
+    if len(labels.regions) > MAX_SEGMENTS:
+        raise _Refused("segments", f"{_short(row)}: {len(labels.regions)} segments, at most {MAX_SEGMENTS}")
+
+
+def _check_listed(row: Row, listed: set[int], labels: Facts) -> None:
     if listed != labels.regions.keys():
         unlisted, absent = (
             sorted(labels.regions.keys() - listed)[:5],
             sorted(listed - labels.regions.keys())[:5],
         )
-        raise _Refused(
-            "segments", f"{row.labels_path}: ids not listed {unlisted}, ids without pixels {absent}"
-        )
-    if len(listed) > MAX_SEGMENTS:
-        raise _Refused("segments", f"{row.labels_path}: {len(listed)} segments, at most {MAX_SEGMENTS}")
+        raise _Refused("segments", f"{_short(row)}: ids not listed {unlisted}, ids without pixels {absent}")
 
 
-def _entry(group: Sequence[Row], files: Files, keys: set[str]) -> Entry:
+def entry(key: str, group: Sequence[Row], files: Files) -> Entry:
+    """The sample of all rows of one image, of one split; at most one of them has segments."""
     first, image = group[0], files["image", group[0].image_path]
-    key = sample_key(first.corpus, first.image_id)
-    if key in keys:  # two images of one id, say of two splits that each count from 1
-        key = f"{key}-{image.sha256[:8]}"
-    keys.add(key)
-    labelled = next((row for row in group if row.segments is not None), None)
+    labelled = next((row for row in group if row.labels_path is not None), None)
     labels = files["labels", str(labelled.labels_path)] if labelled else None
     meta = SampleMeta(
         key=key,
@@ -133,11 +119,11 @@ def _entry(group: Sequence[Row], files: Files, keys: set[str]) -> Entry:
         width=image.width,
         sha256=image.sha256,
         taxonomy=labelled.taxonomy if labelled else None,
-        segments=_measured(labelled.segments or (), labels) if labelled and labels else None,
+        segments=_segments(labelled, files) if labelled else None,
         referring=_distinct(r for row in group for r in row.referring),
         captions=_distinct(c for row in group for c in row.captions),
         questions=_distinct(q for row in group for q in row.questions),
-        sources=tuple(row.source for row in group),
+        sources=tuple(source for row in group for source in (row.source, *row.origins)),
     )
     return Entry(
         meta=meta,
@@ -148,22 +134,18 @@ def _entry(group: Sequence[Row], files: Files, keys: set[str]) -> Entry:
     )
 
 
-def _measured(segments: Sequence[Segment], labels: Facts) -> tuple[Segment, ...]:
-    """Areas and boxes as the pixels have them, whatever the annotation says."""
-    return tuple(s.model_copy(update=vars(labels.regions[s.id])) for s in segments)
-
-
 def _distinct(items: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(items))
 
 
-def _reject(row: Row, reason: str, detail: str) -> Reject:
+def reject(row: Row, reason: str, detail: str) -> Reject:
     return Reject(
         corpus=row.corpus, record=f"image {row.image_id}", split=row.split, reason=reason, detail=detail
     )
 
 
-def _name(row: Row) -> str:
+def name(row: Row) -> str:
+    """How the detail of another row's reject names this one."""
     return f"{row.corpus} image {row.image_id}"
 
 

@@ -93,7 +93,7 @@ def corpora(root: Path) -> tuple[CorpusConfig, ...]:
             ),
             CorpusConfig(
                 name="demo-captions",
-                format="captions_tsv",
+                format="captions_table",
                 images=f"pairs/{split}",
                 annotations=f"annotations/captions_{split}.tsv",
                 **place,

@@ -1,107 +1,110 @@
-"""The two parallel steps of a build, as Ray Data graphs: inspect every file, write every shard.
+"""The parallel steps of a build as Ray Data graphs: a row is an order for one task, its answer a report.
 
-The caller has started Ray. Results come in any order, so nothing here may depend on it.
+Orders and reports are small documents; what they speak of lies in files. Reports come in any order, so
+nothing may depend on it; a task may run twice, so it replaces whole files. One worker is the calling process,
+without Ray; for more the caller has started it.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import pyarrow as pa
 import ray
 from ray.data import DataContext, TaskPoolStrategy
 from ray.exceptions import RayError
 
-from pipelines.curate import Files
-from pipelines.inspection import Facts, facts_by_file, inspect_table
-from pipelines.shards import Receipt, ShardError, ShardPlan, from_ipc, to_ipc, write
+from pipelines.corpora.rows import CorpusError
+from pipelines.shards import ShardError
+from schemas.jobs import BuildConfig
+from schemas.records import Record
 
 log = logging.getLogger(__name__)
+Order = TypeVar("Order", bound=Record)
+Report = TypeVar("Report", bound=Record)
 
-_CHUNK = 256  # files an inspecting task sees at most: about a second of decoding, for even progress
 _REPORT_EVERY_S = 5.0
-_OUTCOME = pa.schema({"fault": pa.string(), "receipt": pa.string(), "written": pa.bool_()})
+_ANSWER = pa.schema({"report": pa.string(), "corpus_fault": pa.string(), "fault": pa.string()})
 
 
 class WorkerError(RuntimeError):
     """A task failed, or its worker died for good; the message says why."""
 
 
-def inspect_files(wanted: Sequence[tuple[str, str]], max_pixels: int, num_workers: int) -> Files:
-    """Facts of every (kind, path). Raises `WorkerError`."""
-    if not wanted:
-        return {}
-    chunk = max(1, min(_CHUNK, len(wanted) // (4 * num_workers)))
-    num_blocks = -(-len(wanted) // chunk)
-    dataset = _dataset([{"kind": kind, "path": path} for kind, path in wanted], num_blocks)
-    inspected = dataset.map_batches(
-        partial(inspect_table, max_pixels=max_pixels),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=TaskPoolStrategy(min(num_workers, num_blocks)),
-    )
-    progress = _Progress("inspected", "files", len(wanted))
-    files: dict[tuple[str, str], Facts] = {}
-    for table in _results(inspected):
-        files |= facts_by_file(table)
-        progress.add(len(table))
-    return files
+def each(
+    work: Callable[[Order], Report],
+    orders: Sequence[Order],
+    report_type: type[Report],
+    config: BuildConfig,
+    *,
+    what: str,
+    weigh: Callable[[Report], int] = lambda report: 1,
+    total: int | None = None,
+) -> Iterator[Report]:
+    """Carry out every order, `config.num_workers` at a time.
 
-
-def write_shards(
-    plans: Sequence[ShardPlan], folder: Path, num_workers: int
-) -> tuple[dict[str, Receipt], frozenset[str]]:
-    """Receipts by shard, and the names of those that were not there yet. One row is one shard.
-
-    Raises `WorkerError`.
+    what, weigh, total    for the progress that is logged: "checked rows", how many a report stands for, of
+                          how many
+    Raises `WorkerError`, and `CorpusError` where a task did.
     """
-    dataset = _dataset([{"shard": s.name, "entries": to_ipc(s.entries)} for s in plans], len(plans))
-    receipts: dict[str, Receipt] = {}
-    written = set()
-    progress = _Progress("stored", "samples", sum(len(shard.entries) for shard in plans))
-    mapped = dataset.map_batches(
-        partial(_write_table, folder=str(folder)),
+    if not orders:
+        return
+    progress = _Progress(what, len(orders) if total is None else total)
+    one = config.num_workers == 1
+    for answer in map(partial(_answer, work), orders) if one else _in_ray(work, orders, config):
+        if fault := answer.get("corpus_fault"):
+            raise CorpusError(fault)
+        if fault := answer.get("fault"):
+            raise WorkerError(fault)
+        report = report_type.model_validate_json(answer["report"])
+        progress.add(weigh(report))
+        yield report
+
+
+def _in_ray(
+    work: Callable[[Order], Report], orders: Sequence[Order], config: BuildConfig
+) -> Iterator[dict[str, str]]:
+    carried_out = _dataset(orders, config).map_batches(
+        partial(_answers, work, type(orders[0])),
         batch_size=1,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(min(num_workers, len(plans))),
+        compute=TaskPoolStrategy(min(config.num_workers, len(orders))),
+        num_cpus=config.cpus_per_task,
+        memory=config.memory_per_task_mb * 2**20 or None,
     )
-    for table in _results(mapped):
-        for row in table.to_pylist():
-            if row["fault"]:
-                raise WorkerError(row["fault"])
-            receipt = Receipt.model_validate_json(row["receipt"])
-            receipts[receipt.shard] = receipt
-            if row["written"]:
-                written.add(receipt.shard)
-            progress.add(len(receipt.members))
-    return receipts, frozenset(written)
+    for table in _results(carried_out):
+        yield from table.to_pylist()
 
 
-def _write_table(plans: pa.Table, folder: str) -> pa.Table:
-    return pa.Table.from_pylist([_write_row(row, Path(folder)) for row in plans.to_pylist()], schema=_OUTCOME)
+def _answers(work: Callable[[Order], Report], order_type: type[Order], orders: pa.Table) -> pa.Table:
+    documents = orders["order"].to_pylist()
+    answers = [_answer(work, order_type.model_validate_json(document)) for document in documents]
+    return pa.Table.from_pylist(answers, schema=_ANSWER)
 
 
-def _write_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _answer(work: Callable[[Order], Report], order: Order) -> dict[str, str]:
+    """What was raised as a row, because of what a task raises Ray keeps only the stack trace."""
     try:
-        receipt, written = write(row["shard"], from_ipc(row["entries"]), folder)
-    except (
-        OSError,
-        ShardError,
-    ) as error:  # as a row, because of what a task raises Ray keeps only the stack trace
-        return {"fault": f"shard {row['shard']}: {error}", "receipt": "", "written": False}
-    return {"fault": "", "receipt": receipt.model_dump_json(), "written": written}
+        return {"report": work(order).model_dump_json()}
+    except CorpusError as error:
+        return {"corpus_fault": str(error)}
+    except (OSError, ShardError) as error:
+        return {"fault": str(error)}
 
 
-def _dataset(items: list[dict[str, Any]], num_blocks: int) -> ray.data.Dataset:
+def _dataset(orders: Sequence[Record], config: BuildConfig) -> ray.data.Dataset:
     context = DataContext.get_current()
-    context.enable_progress_bars = (
-        False  # `_Progress` says it in samples, and also where there is no terminal
-    )
+    context.enable_progress_bars = False  # `_Progress` speaks also where there is no terminal
     context.print_on_execution_start = False
-    return ray.data.from_items(items, override_num_blocks=num_blocks)
+    if config.object_store_mb:
+        limits = context.execution_options.resource_limits
+        context.execution_options.resource_limits = limits.copy(
+            object_store_memory=config.object_store_mb * 2**20
+        )
+    rows = [{"order": order.model_dump_json()} for order in orders]
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
 def _results(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
@@ -116,8 +119,8 @@ def _results(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
 class _Progress:
     """A line with rate and remaining time every few seconds, and one at the end."""
 
-    def __init__(self, verb: str, unit: str, total: int) -> None:
-        self.verb, self.unit, self.total, self.done = verb, unit, total, 0
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
         self.started = self.reported = time.monotonic()
 
     def add(self, count: int) -> None:
@@ -127,7 +130,5 @@ class _Progress:
             return
         self.reported = now
         rate = self.done / max(now - self.started, 1e-3)
-        left = (self.total - self.done) / rate
-        log.info(
-            "%s %d of %d %s, %.0f/s, %.0f s left", self.verb, self.done, self.total, self.unit, rate, left
-        )
+        left = (self.total - self.done) / max(rate, 1e-3)
+        log.info("%s: %d of %d, %.0f/s, %.0f s left", self.what, self.done, self.total, rate, left)

@@ -1,31 +1,29 @@
 """Samples to tars that any WebDataset reader opens, byte-identical for equal samples; and back to members.
 
 A shard is named after the digest of what it will hold, so equal plans share one file between dataset
-versions. Which samples share a shard depends on hashes of their keys alone: adding, removing or changing
-one sample touches only the shard that holds it, or the two that it splits into. Image bytes are stored as
-found. Nothing here decides what a sample may be (curate.py) or decodes it for training (stream.py).
+versions. Image bytes are stored as found. Nothing here decides what a sample may be (curate.py), which ones
+share a shard (planning.py), or decodes them for training (stream.py).
 """
 
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 from pydantic import ValidationError
 
+from pipelines import labels, places
 from pipelines.atomic import appearing, write_atomically
-from schemas.masks import Array, rgb_to_ids
-from schemas.records import SAMPLE, Record, SampleMeta, Split
+from pipelines.labels import LabelError
+from schemas.masks import Array
+from schemas.records import Record, SampleMeta, Split
 from schemas.tasks import STREAM_FIELDS, Stream
 
-FORMAT = 1  # of the bytes in a shard; part of every plan digest
 MAX_SEGMENTS = 65535  # a 16-bit index map
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -36,7 +34,7 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A sample to be written. `meta.segments` still hold the RGB ids of `labels_path`."""
+    """A sample to be written. `meta.segments` still hold the ids of `labels_path` (a label place)."""
 
     meta: SampleMeta
     image_path: str
@@ -54,16 +52,6 @@ class Entry:
         """The stream whose shards hold it; one that serves both lies with the segmentation samples."""
         segmentation = any(getattr(self.meta, field) for field in STREAM_FIELDS["segmentation"])
         return "segmentation" if segmentation else "image_text"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardPlan:
-    """What one shard will hold, in key order."""
-
-    name: str
-    split: Split
-    stream: Stream
-    entries: tuple[Entry, ...]
 
 
 class Member(Record):
@@ -84,33 +72,15 @@ class Receipt(Record):
     members: tuple[Member, ...]
 
 
-def plan(entries: Sequence[Entry], max_samples: int, max_bytes: int) -> list[ShardPlan]:
-    """Group samples by split and stream, then into shards within both bounds, of one sample at least.
-
-    The groups are the leaves of a binary trie over the hashed keys, a leaf is split where it is over a
-    bound; so the other leaves do not notice.
-    """
-    plans = []
-    for split, stream in sorted({(e.meta.split, e.stream) for e in entries}):
-        group = [(e, _bits(e)) for e in entries if (e.meta.split, e.stream) == (split, stream)]
-        for leaf in _leaves(group, 0, max_samples, max_bytes):
-            ordered = tuple(sorted(leaf, key=lambda e: e.meta.key))
-            digest = _sha256(json.dumps([FORMAT, *(e.digest for e in ordered)]).encode())
-            plans.append(
-                ShardPlan(
-                    name=f"{split}-{stream}-{digest[:16]}.tar", split=split, stream=stream, entries=ordered
-                )
-            )
-    return plans
+def shard_name(split: Split, stream: Stream, digest: str) -> str:
+    return f"{split}-{stream}-{digest[:16]}.tar"
 
 
-def write(name: str, entries: Sequence[Entry], folder: Path) -> tuple[Receipt, bool]:
-    """Write one shard into `folder`, or find it there and whole: its receipt, and whether it was written.
+def write(name: str, entries: Sequence[Entry], folder: Path) -> Receipt:
+    """Write one shard, and its receipt beside it, into `folder`.
 
     Raises `ShardError` where a file changed since it was inspected, `OSError` where the disk refuses.
     """
-    if (found := _intact(folder / name)) is not None:
-        return found, False
     members, whole, offset = [], hashlib.sha256(), 0
     with appearing(folder / name) as file:
         for entry in entries:
@@ -127,8 +97,8 @@ def write(name: str, entries: Sequence[Entry], folder: Path) -> tuple[Receipt, b
     receipt = Receipt(
         shard=name, size_bytes=offset + len(end), sha256=whole.hexdigest(), members=tuple(members)
     )
-    write_atomically(_receipt_path(folder / name), receipt.model_dump_json().encode())
-    return receipt, True
+    write_atomically(receipt_path(folder / name), receipt.model_dump_json().encode())
+    return receipt
 
 
 def parse(data: bytes) -> tuple[SampleMeta, dict[str, bytes]]:
@@ -163,53 +133,9 @@ def meta_json(meta: SampleMeta) -> bytes:
     ).encode()
 
 
-def to_ipc(entries: Sequence[Entry]) -> bytes:
-    """Entries as an Arrow stream of SAMPLE rows, the form in which they reach the writing task."""
-    rows = [
-        e.meta.model_dump(mode="json") | {"image_path": e.image_path, "labels_path": e.labels_path}
-        for e in entries
-    ]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, SAMPLE) as stream:
-        stream.write_table(pa.Table.from_pylist(rows, schema=SAMPLE))
-    return bytes(sink.getvalue())
-
-
-def from_ipc(data: bytes) -> list[Entry]:
-    """The reverse of `to_ipc`, less what only the plan needed (the labels' hash, the sizes)."""
-    rows = pa.ipc.open_stream(data).read_all().to_pylist()
-    return [
-        Entry(
-            image_path=row.pop("image_path"),
-            labels_path=row.pop("labels_path"),
-            labels_sha256="",
-            size_bytes=0,
-            meta=SampleMeta.model_validate(row),
-        )
-        for row in rows
-    ]
-
-
-def _bits(entry: Entry) -> int:
-    return int.from_bytes(hashlib.sha256(entry.meta.key.encode()).digest())
-
-
-def _leaves(
-    group: Sequence[tuple[Entry, int]], depth: int, max_samples: int, max_bytes: int
-) -> Iterator[list[Entry]]:
-    fits = len(group) <= max_samples and sum(e.size_bytes for e, _ in group) <= max_bytes
-    if fits or len(group) == 1:
-        if group:
-            yield [entry for entry, _ in group]
-        return
-    for bit in (0, 1):
-        half = [(entry, bits) for entry, bits in group if bits >> (255 - depth) & 1 == bit]
-        yield from _leaves(half, depth + 1, max_samples, max_bytes)
-
-
 def _members(entry: Entry) -> list[tuple[str, bytes]]:
     """Names and contents, in the order of the names."""
-    image = Path(entry.image_path).read_bytes()
+    image = places.read(entry.image_path)
     if _sha256(image) != entry.meta.sha256:
         raise ShardError(
             f"{entry.image_path} changed during the build; run it again when the corpus is at rest"
@@ -225,14 +151,16 @@ def _members(entry: Entry) -> list[tuple[str, bytes]]:
 
 
 def _index_map(entry: Entry) -> bytes:
-    """The RGB label map as a PNG of one channel, 1..n in the order of the segments: decodes 3.5x faster."""
-    segments = entry.meta.segments or ()
-    with Image.open(str(entry.labels_path), formats=("PNG",)) as image:
-        ids = rgb_to_ids(np.asarray(image.convert("RGB")))
+    """The label map as a PNG of one channel, 1..n in the order of the segments: decodes 3.5x faster."""
+    meta, segments = entry.meta, entry.meta.segments or ()
+    try:
+        ids = labels.read(str(entry.labels_path), meta.height * meta.width).ids
+    except LabelError as error:
+        raise ShardError(f"{entry.labels_path:.200}: {error.detail}") from None
     indices = _renumber(ids, [segment.id for segment in segments])
     if np.bincount(indices.ravel(), minlength=len(segments) + 1)[1:].tolist() != [s.area for s in segments]:
         raise ShardError(
-            f"{entry.labels_path} changed during the build; run it again when the corpus is at rest"
+            f"{entry.labels_path:.200} changed during the build; run it again when the corpus is at rest"
         )
     sink = io.BytesIO()
     Image.fromarray(indices.astype(np.uint8 if len(segments) < 256 else np.uint16)).save(sink, "PNG")
@@ -255,15 +183,18 @@ def _tar_member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK)
 
 
-def _receipt_path(shard: Path) -> Path:
+def receipt_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}.json")
 
 
-def _intact(shard: Path) -> Receipt | None:
-    """The receipt of a shard whose bytes are still what was written; None where it must be written."""
+def intact(shard: Path, *, trusted: bool = False) -> Receipt | None:
+    """The receipt of a shard whose bytes are still what was written; None where it must be written.
+
+    trusted    its stamp says that nobody touched it since it was hashed
+    """
     try:
-        receipt = Receipt.model_validate_json(_receipt_path(shard).read_bytes())
-        whole = receipt.shard == shard.name and receipt.sha256 == file_sha256(shard)
+        receipt = Receipt.model_validate_json(receipt_path(shard).read_bytes())
+        whole = receipt.shard == shard.name and (trusted or receipt.sha256 == file_sha256(shard))
     except (OSError, ValidationError):
         return None
     return receipt if whole else None
@@ -271,21 +202,3 @@ def _intact(shard: Path) -> Receipt | None:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def sample_row(member: Member, entry: Entry, shard: ShardPlan) -> dict[str, Any]:
-    """The row of samples.parquet (schemas.records.SAMPLES)."""
-    meta = entry.meta
-    return {
-        "key": meta.key,
-        "split": shard.split,
-        "stream": shard.stream,
-        "shard": shard.name,
-        "offset": member.offset,
-        "size_bytes": member.size_bytes,
-        "sha256": member.sha256,
-        "segments": len(meta.segments or ()),
-        "referring": len(meta.referring),
-        "captions": len(meta.captions),
-        "questions": len(meta.questions),
-    }

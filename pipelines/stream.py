@@ -27,6 +27,7 @@ from torch.utils.data import get_worker_info
 
 from pipelines.catalog import DatasetVersion
 from pipelines.order import positions, rank_slice, sample_seed
+from pipelines.pixels import PHOTOGRAPHS, PixelsError, upright
 from pipelines.shards import ShardError, parse
 from schemas.masks import Array
 from schemas.records import Sample, Split
@@ -105,11 +106,14 @@ def decode(data: bytes) -> Sample:
 
 
 def decode_image(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """JPEG or PNG of any colour mode -> uint8[H, W, 3] RGB. Drops alpha, and the low byte of 16-bit grey.
+    """JPEG or PNG of any colour mode -> uint8[H, W, 3] RGB, upright as its EXIF orientation says.
 
-    Raises `ShardError`.
+    Drops alpha, and the low byte of 16-bit grey. Raises `ShardError`.
     """
-    image = _open(data, ("JPEG", "PNG"))
+    try:
+        image = upright(_open(data, PHOTOGRAPHS))
+    except PixelsError as error:
+        raise ShardError(f"cannot be decoded: {error.detail}") from None
     if image.mode.startswith("I"):
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)

@@ -6,6 +6,7 @@ file is refused within a second.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -281,7 +282,41 @@ class DemoConfig(Settings):
     val_pairs: Positive = 200
 
 
-Format = Literal["coco_panoptic", "refcoco", "captions_tsv", "coco_captions", "vqa_v2"]
+Format = Literal[
+    "coco_panoptic",
+    "coco_instances",
+    "index_maps",
+    "cityscapes",
+    "voc",
+    "refcoco",
+    "grounding",
+    "visual_genome",
+    "coco_captions",
+    "karpathy",
+    "captions_table",
+    "webdataset",
+    "vqa_v2",
+    "dataset",
+]
+
+
+# What each format reads of a corpus, beside the settings that all have; anything else set is an error.
+USES: dict[Format, tuple[str, ...]] = {
+    "coco_panoptic": ("images", "annotations", "labels"),
+    "coco_instances": ("images", "annotations"),
+    "index_maps": ("images", "labels", "classes", "seen_only"),
+    "cityscapes": ("images", "labels", "classes", "seen_only"),
+    "voc": ("images", "annotations", "labels", "instances", "classes", "seen_only", "background"),
+    "refcoco": ("images", "annotations", "instances", "parts"),
+    "grounding": ("images", "annotations"),
+    "visual_genome": ("images", "annotations", "questions", "regions"),
+    "coco_captions": ("images", "annotations"),
+    "karpathy": ("images", "annotations", "parts"),
+    "captions_table": ("images", "annotations", "image_column", "caption_column"),
+    "webdataset": ("annotations", "caption_column"),
+    "vqa_v2": ("images", "annotations", "questions"),
+    "dataset": ("parts",),
+}
 
 
 class CorpusConfig(Settings):
@@ -292,25 +327,123 @@ class CorpusConfig(Settings):
     split: Literal["train", "val"]
     root: str = Field(default=".", description="all other paths are relative to it and may not leave it")
     images: str = Field(default="", description="folder of the images")
-    annotations: str = Field(default="", description="JSON, TSV or pickle file; for RefCOCO refs(...).p")
-    labels: str = Field(default="", description="coco_panoptic: folder of the RGB-coded PNGs")
-    instances: str = Field(default="", description="refcoco: instances.json")
-    questions: str = Field(default="", description="vqa_v2: questions JSON")
-    ref_split: str = Field(
-        default="", description="refcoco: the split inside the pickle; empty takes the split's name"
+    annotations: str = Field(
+        default="", description="annotation file; tars and tables may be a pattern, *.tar"
     )
+    labels: str = Field(default="", description="folder of the label maps")
+    instances: str = Field(default="", description="refcoco: instances.json; voc: folder of the object PNGs")
+    questions: str = Field(default="", description="vqa_v2, visual_genome: questions JSON")
+    parts: tuple[str, ...] = Field(
+        default=(),
+        description="the splits inside the file, e.g. [train, restval]; empty takes the split's name",
+    )
+    classes: str = Field(
+        default="",
+        description="index_maps: coco_stuff, ade150, ade847 or a YAML file of your own below the root",
+    )
+    seen_only: bool = Field(default=False, description="leave the pixels of the list's unseen classes void")
+    background: bool = Field(default=False, description="voc: the background is a class")
+    regions: Literal["captions", "referring"] = Field(
+        default="captions", description="visual_genome: what a region is; referring takes its box as a mask"
+    )
+    image_column: str = Field(default="image", description="captions_table: path, or bytes, of the image")
+    caption_column: str = Field(default="caption", description="captions_table; webdataset: key in the JSON")
     licence: str = ""
+    image_ids: Name | Literal[""] = Field(
+        default="",
+        description="whose numbers the images have, e.g. coco: one number in two corpora is one image",
+    )
     limit: NonNegative = Field(default=0, description="at most this many images; 0 is all")
+
+    @model_validator(mode="after")
+    def _used(self) -> "CorpusConfig":
+        special = {setting for settings in USES.values() for setting in settings}
+        fields = type(self).model_fields
+        given = {name for name in special if getattr(self, name) != fields[name].default}
+        if unused := sorted(given - set(USES[self.format])):
+            raise ValueError(
+                f"corpus {self.name!r}: format {self.format} does not use {', '.join(unused)}; "
+                f"it uses {', '.join(USES[self.format])}"
+            )
+        return self
+
+
+def _pattern(expression: str) -> str:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{expression!r} is no regular expression: {error}") from None
+    return expression
+
+
+class CaptionRules(Settings):
+    """Which captions of training splits are refused; 0 and empty refuse none."""
+
+    min_words: NonNegative = 0
+    max_words: NonNegative = 0
+    min_characters: NonNegative = 0
+    max_characters: NonNegative = 0
+    scripts: tuple[Annotated[str, Field(pattern="^[a-z]+$")], ...] = Field(
+        default=(), description="allowed ones by their Unicode names: latin, cyrillic, cjk, hangul ..."
+    )
+    min_script_share: Fraction = Field(default=0.5, description="least share of letters of those scripts")
+    boilerplate: tuple[Annotated[str, AfterValidator(_pattern)], ...] = Field(
+        default=(), description="regular expressions, of any case, found anywhere"
+    )
+    refuse_addresses: bool = Field(default=False, description="captions with a web or mail address")
+    refuse_markup: bool = Field(default=False, description="captions with HTML tags or entities")
+    max_repeats: NonNegative = Field(
+        default=0, description="refuse what stands more often in its corpus, in all places; reads it twice"
+    )
+
+    @model_validator(mode="after")
+    def _some_pass(self) -> "CaptionRules":
+        for what in ("words", "characters"):
+            least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if 0 < most < least:
+                raise ValueError(f"min_{what} {least} is more than max_{what} {most}: no caption would pass")
+        return self
+
+
+class LicenceRules(Settings):
+    """Which licences are kept, as patterns of the licence's name or address: "CC BY*", "*/by-nc*".
+
+    Case does not matter.
+    """
+
+    allow: tuple[str, ...] = Field(default=(), description="empty allows all")
+    deny: tuple[str, ...] = Field(default=(), description="goes before allow")
+    unknown: Literal["keep", "reject"] = Field(default="keep", description="images that state none")
+
+
+class CurateConfig(Settings):
+    """What is kept of what could be read. Images of evaluation splits leave training whatever is set."""
+
+    near_duplicates: Literal["keep", "reject"] = Field(
+        default="keep", description="training images that look the same: marked, or all but one refused"
+    )
+    captions: CaptionRules = CaptionRules()
+    licences: LicenceRules = LicenceRules()
 
 
 class BuildConfig(Settings):
-    num_workers: Positive = Field(default=2, description="concurrent Ray tasks")
+    num_workers: Positive = Field(
+        default=2, description="concurrent Ray tasks; 1 works in the process of the job, without Ray"
+    )
     shard_samples: Positive = 500
     shard_mb: Positive = 256
     max_reject_share: Fraction = Field(
         default=0.05, description="above it the build stops and publishes nothing"
     )
     max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected unread")
+    curate: CurateConfig = CurateConfig()
+    cpus_per_task: float = Field(default=1, gt=0, description="CPUs that a task takes of the cluster's")
+    memory_per_task_mb: NonNegative = Field(
+        default=0, description="memory that a task reserves of the cluster's; 0 reserves none"
+    )
+    object_store_mb: NonNegative = Field(
+        default=0, description="what the build may take of Ray's object store; 0 leaves it to Ray"
+    )
 
 
 class DatasetRef(Settings):
@@ -511,9 +644,9 @@ class RebuildJob(Job):
     def _has_corpora(self) -> "RebuildJob":
         if self.demo is None and not self.corpora:
             raise ValueError("nothing to build: give corpora, or a demo section")
-        keys = [(c.name, c.split, c.annotations) for c in self.corpora]
+        keys = [(c.name, c.split, c.root, c.images, c.annotations) for c in self.corpora]
         if len(set(keys)) < len(keys):
-            raise ValueError("two corpora have the same name, split and annotations")
+            raise ValueError("two corpora have the same name, split, root, images and annotations")
         return self
 
 

@@ -1,5 +1,6 @@
 """Masks in the forms they travel in: COCO RGB ids, polygons, run lengths, label maps. Numpy in, numpy out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -96,3 +97,28 @@ def area_and_bbox(mask: Array) -> tuple[int, tuple[int, int, int, int]]:
         return 0, (0, 0, 0, 0)
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return area, (int(cols[0]), int(rows[0]), int(cols[-1] - cols[0] + 1), int(rows[-1] - rows[0] + 1))
+
+
+def area_of(rle: Rle) -> int:
+    """Pixels of a mask, without decoding it."""
+    return int(coco_mask.area({"size": list(rle.size), "counts": rle.counts.encode("ascii")}))
+
+
+def visible_areas(masks: Sequence[Rle]) -> list[int]:
+    """Masks of one size, painted one over the other -> the pixels of each that are still seen."""
+    plain = [{"size": list(rle.size), "counts": rle.counts.encode("ascii")} for rle in masks]
+    areas: list[int] = []
+    above = None
+    for one in reversed(plain):
+        hidden = coco_mask.area(coco_mask.merge([one, above], intersect=True)) if above else 0
+        areas.append(int(coco_mask.area(one)) - int(hidden))
+        above = coco_mask.merge([one, above]) if above else one
+    return areas[::-1]
+
+
+def box_rle(box: tuple[int, int, int, int], height: int, width: int) -> Rle:
+    """The mask of a box x, y, width, height in pixels, clipped to the image."""
+    x, y, w, h = box
+    mask = np.zeros((height, width), dtype=bool)
+    mask[max(0, y) : max(0, y + h), max(0, x) : max(0, x + w)] = True
+    return encode_rle(mask)

@@ -116,46 +116,8 @@ class Sample:
         return self.meta.key
 
 
-_SEGMENT = pa.struct(
-    {
-        "id": pa.int32(),
-        "category": pa.string(),
-        "isthing": pa.bool_(),
-        "iscrowd": pa.bool_(),
-        "area": pa.int64(),
-        "bbox": pa.list_(pa.int32()),
-    }
-)
-_RLE = pa.struct({"size": pa.list_(pa.int32()), "counts": pa.string()})
-_REFERRING = pa.struct({"sentences": pa.list_(pa.string()), "mask": _RLE})
-_QUESTION = pa.struct({"question": pa.string(), "answers": pa.list_(pa.string()), "kind": pa.string()})
-_SOURCE = pa.struct(
-    {
-        "corpus": pa.string(),
-        "files": pa.list_(pa.string()),
-        "ids": pa.list_(pa.string()),
-        "licence": pa.string(),
-    }
-)
-
-# One light row of the build: a SampleMeta plus where its pixels lie. The bytes never enter this table.
-SAMPLE = pa.schema(
-    {
-        "key": pa.string(),
-        "split": pa.string(),
-        "height": pa.int32(),
-        "width": pa.int32(),
-        "sha256": pa.string(),
-        "taxonomy": pa.string(),
-        "segments": pa.list_(_SEGMENT),
-        "referring": pa.list_(_REFERRING),
-        "captions": pa.list_(pa.string()),
-        "questions": pa.list_(_QUESTION),
-        "sources": pa.list_(_SOURCE),
-        "image_path": pa.string(),
-        "labels_path": pa.string(),
-    }
-)
+# What a difference between two versions of a sample is told by.
+PARTS = ("split", "pixels", "labels", "referring", "captions", "questions", "sources")
 
 # manifest.parquet: one row a shard.
 MANIFEST = pa.schema(
@@ -169,7 +131,9 @@ MANIFEST = pa.schema(
     }
 )
 
-# samples.parquet: one row a sample, with the byte range of its members inside its shard.
+# samples.parquet: one row a sample, with the byte range of its members inside its shard, the counts of its
+# annotations, and 64 bits of a hash of each part of it, by which versions are compared. `copy_of` is the key
+# of another training sample that shows the same picture, or empty.
 SAMPLES = pa.schema(
     {
         "key": pa.string(),
@@ -183,6 +147,8 @@ SAMPLES = pa.schema(
         "referring": pa.int32(),
         "captions": pa.int32(),
         "questions": pa.int32(),
+        "copy_of": pa.string(),
+        **{f"{part}_hash": pa.uint64() for part in PARTS},
     }
 )
 

@@ -13,7 +13,7 @@ from schemas.jobs import BuildConfig, CorpusConfig, DemoConfig
 
 SMALL_DEMO = DemoConfig(image_size=64, train_scenes=24, val_scenes=12, train_pairs=24, val_pairs=12)
 # several shards from few samples, so that laws about shards mean something
-SMALL_SHARDS = BuildConfig(shard_samples=8)
+SMALL_SHARDS = BuildConfig(shard_samples=8, num_workers=1)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,7 @@ def demo_corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[CorpusConfig
 
 @pytest.fixture(scope="session")
 def demo_dataset(
-    ray_session: None, demo_corpora: tuple[CorpusConfig, ...], tmp_path_factory: pytest.TempPathFactory
+    demo_corpora: tuple[CorpusConfig, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> DatasetVersion:
     """A version built from `demo_corpora`; tests that damage it copy its shards first."""
     from pipelines.build import build

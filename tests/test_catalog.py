@@ -1,17 +1,26 @@
 """Laws of the catalog: a version is whole or absent, damage is noticed, and rolling back can be undone."""
 
+import base64
+import hashlib
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 import pytest
+from conftest import SMALL_SHARDS
 
+from pipelines.build import build
 from pipelines.catalog import Catalog, CatalogError, DatasetVersion, content_id
 from pipelines.demo import UNSEEN
+from pipelines.export import export
 from pipelines.sheet import figure, write_sheet
 from pipelines.stream import read_samples
-from schemas.records import MANIFEST, REJECTS, SAMPLES, Question
+from schemas.jobs import RebuildJob, load
+from schemas.records import MANIFEST, REJECTS, SAMPLES, Question, Split
+from schemas.tasks import Stream
 from schemas.taxonomy import Category, Taxonomy
 
 
@@ -45,14 +54,25 @@ def test_a_whole_version_verifies(demo_dataset: DatasetVersion) -> None:
     assert demo_dataset.verify() == sum(p.stat().st_size for p in demo_dataset.shards_root.glob("*.tar"))
 
 
-@pytest.mark.parametrize("place", [0, 0.5, -1])
-def test_one_flipped_bit_is_found(catalog: Catalog, place: float) -> None:
-    shard = catalog.shards_root / catalog.open().manifest["shard"][1].as_py()
-    data = bytearray(shard.read_bytes())
-    data[int(place * len(data)) if place >= 0 else -1] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(CatalogError, match=f"{shard.name}: its bytes changed"):
-        catalog.open().verify()
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_one_flipped_bit_is_found_in_every_file(catalog: Catalog, place: float) -> None:
+    version = catalog.open()
+    shards = [catalog.shards_root / name for name in version.manifest["shard"].to_pylist()]
+    for path in [shards[1], *catalog.files(version.id)]:
+        whole = path.read_bytes()
+        at = min(int(place * len(whole)), len(whole) - 1)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CatalogError, match=path.name):
+            version.verify()
+        path.write_bytes(whole)
+    version.verify()
+
+
+def test_a_file_that_nobody_wrote_is_found(catalog: Catalog) -> None:
+    version = catalog.open()
+    (version.folder / "more.parquet").write_bytes(b"")
+    with pytest.raises(CatalogError, match=r"more\.parquet: not one of the files that were written"):
+        version.verify()
 
 
 def test_every_missing_shard_is_named(catalog: Catalog) -> None:
@@ -91,9 +111,35 @@ def test_a_diff_names_samples_and_shards(catalog: Catalog) -> None:
     base = catalog.open()
     new = publish_changed(catalog, "blue")
     diff = catalog.diff(base.id, "current")
-    assert diff.removed == (base.samples["key"][0].as_py(),)
-    assert diff.added == diff.changed == diff.shards_added == diff.shards_removed == ()
-    assert catalog.diff(new, base.id).added == diff.removed
+    assert diff.keys("removed") == (base.samples["key"][0].as_py(),)
+    assert diff.keys("added") == diff.keys("changed") == diff.shards_added == diff.shards_removed == ()
+    assert catalog.diff(new, base.id).keys("added") == diff.keys("removed")
+
+
+def test_pruning_keeps_what_is_needed(catalog: Catalog) -> None:
+    """The served version, the one before it, what is needed outside, and what is open; shards with them."""
+    versions = [str(catalog.current()), *(publish_changed(catalog, answer) for answer in "abcd")]
+    unused = catalog.shards_root / "train-segmentation-0123456789abcdef.tar"
+    unused.write_bytes(b"left by a version of long ago")
+    opened = catalog.open(versions[1])
+    rows = catalog.prunable({versions[0]: "model m version 1"}, keep=1)
+    assert [row.version for row in rows] == versions
+    assert [row.kept_because for row in rows] == [
+        "model m version 1",
+        "a process has it open",
+        "",
+        "rollback leads to it",
+        "it is served",
+    ]
+    assert unused.exists() and catalog.versions() == tuple(versions), "asking must not remove anything"
+    assert catalog.prune({versions[0]: "model m version 1"}, keep=1) == 29
+    assert catalog.versions() == tuple(v for v in versions if v != versions[2]) and not unused.exists()
+    opened.verify()
+    del opened
+    catalog.prune({}, keep=1)
+    assert catalog.versions() == tuple(versions[-2:])
+    assert catalog.rollback() == versions[-2]
+    catalog.open().verify()
 
 
 def test_what_is_absent_is_said_with_what_to_do(catalog: Catalog, tmp_path: Path) -> None:
@@ -161,9 +207,32 @@ def test_the_contact_sheet_shows_every_kind_of_annotation(
 ) -> None:
     num_shown = write_sheet(demo_dataset, tmp_path / "sheet.html", limit=2)
     page = (tmp_path / "sheet.html").read_text(encoding="utf-8")
-    assert num_shown == page.count("<figure>") == 8
+    assert num_shown == page.count("<figure ") == 8
     assert "refers: " in page and "caption: " in page and "data:image/png;base64" in page
-    assert "http" not in page and "<script" not in page
+    for name in ("split", "annotation", "class", "reject"):
+        assert page.count(f"<select name='{name}'>") == 1 and page.count(f" data-{name}=") == 8
+
+
+def test_the_contact_sheet_runs_its_own_script_and_nothing_else(
+    demo_dataset: DatasetVersion, tmp_path: Path
+) -> None:
+    refused = {
+        "corpus": "c",
+        "record": "<b>1",
+        "split": "val",
+        "reason": "<script>x",
+        "detail": "<img src=x>",
+    }
+    rejects = pa.Table.from_pylist([refused] * 30, schema=REJECTS)
+    write_sheet(replace(demo_dataset, rejects=rejects), tmp_path / "sheet.html", limit=1)
+    page = (tmp_path / "sheet.html").read_text(encoding="utf-8")
+    (script,) = re.findall("<script>(.*?)</script>", page, re.DOTALL)
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'" in page
+    )
+    assert not re.search(r"https?:|<img src=x|<link|<iframe| on\w+=", page.replace("http-equiv", ""))
+    assert page.count("<figure class='reject'") == 20 and "&lt;img src=x&gt;" in page
 
 
 def test_the_contact_sheet_does_not_run_what_a_corpus_says(demo_dataset: DatasetVersion) -> None:
@@ -180,3 +249,29 @@ def test_the_tables_have_their_schemas(demo_dataset: DatasetVersion) -> None:
     tables = (demo_dataset.manifest, demo_dataset.samples, demo_dataset.rejects)
     for table, schema in zip(tables, (MANIFEST, SAMPLES, REJECTS), strict=True):
         assert isinstance(table, pa.Table) and table.schema.equals(schema)
+
+
+def test_what_is_exported_and_read_again_is_the_same(demo_dataset: DatasetVersion, tmp_path: Path) -> None:
+    """All but keys and sources: those are of the new corpora."""
+    corpora = export(demo_dataset, tmp_path / "public")
+    job = load(tmp_path / "public" / "rebuild.yaml")
+    assert isinstance(job, RebuildJob) and job.corpora == corpora
+    again = Catalog(tmp_path / "store", "again")
+    report = build(corpora, SMALL_SHARDS, again)
+    assert report.rejects == {} and report.num_samples == len(demo_dataset.samples)
+    assert said(again.open()) == said(demo_dataset)
+    assert again.open().card.answers == demo_dataset.card.answers
+    with pytest.raises(CatalogError, match="public exists; name a new folder"):
+        export(demo_dataset, tmp_path / "public")
+
+
+def said(version: DatasetVersion) -> dict[str, object]:
+    """Everything that the samples of a version say, by the sha256 of the image and split."""
+    found: dict[str, object] = {}
+    for split in get_args(Split):
+        for stream in get_args(Stream):
+            for sample in read_samples(version, split=split, stream=stream):
+                meta = sample.meta.model_copy(update={"key": "", "sources": (), "taxonomy": None})
+                labels = None if sample.labels is None else sample.labels.tobytes()
+                found[f"{split} {meta.sha256}"] = (meta, labels)
+    return found

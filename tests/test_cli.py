@@ -92,7 +92,7 @@ def test_a_dry_run_prints_the_resolved_file(home: Path, capsys: pytest.CaptureFi
 def test_an_empty_corpus(refusal: Refusal, home: Path, tmp_path: Path, ray_session: None) -> None:
     (tmp_path / "captions.tsv").write_text("image\tcaption\n", encoding="utf-8")
     job = tmp_path / "job.yaml"
-    corpus = {"name": "mine", "format": "captions_tsv", "split": "train", "annotations": "captions.tsv"}
+    corpus = {"name": "mine", "format": "captions_table", "split": "train", "annotations": "captions.tsv"}
     corpora = [corpus | {"root": str(tmp_path)}]
     job.write_text(json.dumps({"kind": "rebuild", "dataset": "mine", "corpora": corpora}), encoding="utf-8")
     assert "captions.tsv" in refusal(job)
@@ -128,7 +128,12 @@ def test_the_demo_command_writes_corpora(
     monkeypatch.setattr("schemas.jobs.DemoConfig", lambda: small)
     assert main(["demo", str(tmp_path / "world"), "--json"]) == 0
     corpora = json.loads(capsys.readouterr().out)
-    assert {corpus["format"] for corpus in corpora} >= {"coco_panoptic", "refcoco", "captions_tsv", "vqa_v2"}
+    assert {corpus["format"] for corpus in corpora} >= {
+        "coco_panoptic",
+        "refcoco",
+        "captions_table",
+        "vqa_v2",
+    }
 
 
 # ------------------------------------------------------------------------------------------------ MLflow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.corpora.readers import read, taxonomy
+from pipelines.corpora.readers import read, taxonomies
 from pipelines.corpora.rows import Row
 from pipelines.demo import MARKER, UNSEEN, write
 from pipelines.demo_scenes import COLOURS, LEAST_VISIBLE, SHAPES, STUFF, THINGS, Scene, Thing, make_scene
@@ -127,7 +127,7 @@ def test_captions_and_questions_are_about_the_same_images_and_no_others(
     corpora: tuple[CorpusConfig, ...],
 ) -> None:
     for split in ("train", "val"):
-        captioned = {row.image_path for row in rows(corpora, "captions_tsv", split)}
+        captioned = {row.image_path for row in rows(corpora, "captions_table", split)}
         assert captioned == {row.image_path for row in rows(corpora, "vqa_v2", split)}
         assert not captioned & {row.image_path for row in rows(corpora, "coco_panoptic", split)}
 
@@ -137,8 +137,8 @@ def test_unseen_classes_have_no_mask_in_training_but_are_named_there(
 ) -> None:
     segments = [s.category for row in rows(corpora, "coco_panoptic", "train") for s in row.segments or ()]
     phrases_ = [s for row in rows(corpora, "refcoco", "train") for r in row.referring for s in r.sentences]
-    texts = [caption for row in rows(corpora, "captions_tsv", "train") for caption in row.captions]
-    declared = taxonomy(corpora[0])
+    texts = [caption for row in rows(corpora, "captions_table", "train") for caption in row.captions]
+    (declared,) = taxonomies(corpora[0])
     assert declared and set(UNSEEN) <= set(declared.names)
     for name in UNSEEN:
         assert name not in segments

@@ -3,16 +3,20 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from jobs.__main__ import _parser, _with_command
+from jobs.__main__ import _parser, _with_command, main
+from pipelines.catalog import Catalog
 from pipelines.corpora.readers import READERS
-from schemas.jobs import CorpusConfig, RebuildJob, load
+from schemas.jobs import USES, CorpusConfig, RebuildJob, load
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [
@@ -63,6 +67,10 @@ def test_the_table_of_formats_is_the_table_of_readers() -> None:
     assert {name for name, _ in rows} == set(READERS)
     for _, needs in rows:
         assert set(re.findall(r"`(\w+)`", needs)) <= set(CorpusConfig.model_fields)
+    assert all(
+        set(re.findall(r"`(\w+)`", needs)) <= {*USES[name], "root"}  # type: ignore[index]
+        for name, needs in rows
+    )
 
 
 def test_the_drawn_house_stands() -> None:
@@ -79,3 +87,41 @@ def test_every_linked_file_is_there() -> None:
     )
     missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
     assert not missing
+
+
+# ------------------------------------------------------------------------------------------ "Your own data"
+
+
+OWN = (ROOT / "pipelines/corpora/README.md").read_text(encoding="utf-8")
+OWN_BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", OWN, re.MULTILINE | re.DOTALL))
+OWN_ROWS = re.findall(r"^\| (?:`(\w+)`|\.\.\.)[^|]*\|[^|]*\| `(.*)` \|$", OWN, re.MULTILINE)
+
+
+def test_the_page_of_own_data_shows_every_format_with_valid_lines() -> None:
+    assert {name for name, _ in OWN_ROWS if name} == set(READERS)
+    form = ""
+    for name, lines in OWN_ROWS:
+        form = name or form
+        settings = yaml.safe_load(f"{{{lines}}}")
+        CorpusConfig.model_validate({"name": "mine", "format": form, "split": "train"} | settings)
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs ../shared/data")
+def test_the_page_of_own_data_works_word_for_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ray_session: None
+) -> None:
+    """Its files, its Python and its commands on real photographs; only /data lies elsewhere."""
+    shutil.copytree(SHARED / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDECODER_STORE", str(tmp_path / "store"))
+    block = {language: text.replace("/data/", f"{tmp_path}/data/") for language, text in OWN_BLOCKS.items()}
+    exec(compile(block["python"], "README.md", "exec"), {})
+    (tmp_path / "own.yaml").write_text(block["yaml"], encoding="utf-8")
+    for command in block["sh"].splitlines():
+        assert main(shlex.split(command)[3:]) == 0, capsys.readouterr().err
+    card = Catalog(tmp_path / "store", "own").open().card
+    counts = card.counts["train"]
+    assert counts.segments > 4500 and counts.captions > 600 and counts.referring == 11
+    assert set(card.taxonomies) == {"things", "nuclei"}
+    assert card.num_read == card.num_kept + sum(card.rejects.values())
+    assert (tmp_path / "own.html").stat().st_size > 10**5

@@ -102,6 +102,7 @@ def _segment(info: "_SegmentInfo", categories: dict[str, list[Any]]) -> Segment:
 
 
 Side = Annotated[float, Field(gt=-(2**31), lt=2**31)]
+Length = Annotated[float, Field(ge=0, lt=2**31)]
 
 
 class _Category(Entry):
@@ -115,7 +116,7 @@ class _SegmentInfo(Entry):
     category_id: Id
     iscrowd: bool = False
     area: Annotated[float, Field(ge=0, lt=2**62)]
-    bbox: tuple[Side, Side, Side, Side]
+    bbox: tuple[Side, Side, Length, Length]
 
 
 class _Annotation(Entry):

@@ -4,6 +4,7 @@ Two kinds of failure: `CorpusError` where a whole file is unusable, `Refusal` wh
 """
 
 import json
+import os
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipelines.corpora.rows import CorpusError, Reason, Refusal
 from schemas.jobs import CorpusConfig
 
+IMAGES = (".jpg", ".jpeg", ".png")
+CONTAINERS = (".tar", ".parquet", ".arrow")  # files that may hold the images themselves
 MAX_TEXT = 10_000  # characters; chosen by us, far beyond any caption, so that one record cannot fill a memory
 
 # the bound also makes pydantic refuse what cannot be encoded, which neither Arrow nor JSON would carry
@@ -33,17 +36,49 @@ AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 def annotation_file(corpus: CorpusConfig, setting: Literal["annotations", "instances", "questions"]) -> Path:
     """The file that a setting of the corpus names. Raises `CorpusError`: unset, outside, missing."""
-    name = getattr(corpus, setting)
-    where = f"corpus {corpus.name!r} ({corpus.format}, {corpus.split})"
-    if not name:
-        raise CorpusError(f"{where}: set `{setting}` to a file below its root {corpus.root!r}")
-    try:
-        path = _inside(corpus, name)
-    except ValueError as error:
-        raise CorpusError(f"{where}: {setting} {name!r} {error}; move it below the root") from None
+    path = _named(corpus, setting)
     if not path.is_file():
-        raise CorpusError(f"{where}: {setting}: no file {path}; correct `root` or `{setting}`")
+        raise CorpusError(f"{_where(corpus)}: {setting}: no file {path}; correct `root` or `{setting}`")
     return path
+
+
+def data_folder(corpus: CorpusConfig, setting: Literal["images", "labels", "instances"]) -> Path:
+    """The folder that a setting of the corpus names. Raises `CorpusError`: unset, outside, missing."""
+    path = _named(corpus, setting)
+    if not path.is_dir():
+        raise CorpusError(f"{_where(corpus)}: {setting}: no folder {path}; correct `root` or `{setting}`")
+    return path
+
+
+def below_root(corpus: CorpusConfig, name: str) -> Path:
+    """A file below the root. Raises `CorpusError` where the name leads outside."""
+    try:
+        return _inside(corpus, name)
+    except ValueError as error:
+        raise CorpusError(f"{_where(corpus)}: {name!r} {error}; move it below the root") from None
+
+
+def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Files of a folder and of those within, relative to it, sorted; links to folders are not followed."""
+    found = []
+    for base, _, names in os.walk(folder):
+        inner = Path(base).relative_to(folder)
+        found += [(inner / name).as_posix() for name in names if name.lower().endswith(suffixes)]
+    return sorted(found)
+
+
+def matching(corpus: CorpusConfig, pattern: str) -> list[Path]:
+    """The files below the root that a name or a pattern with `*` means, sorted. Raises `CorpusError`."""
+    where = _where(corpus)
+    if pattern.startswith("/") or ".." in Path(pattern).parts:
+        raise CorpusError(f"{where}: {pattern!r} leaves its root {corpus.root!r}; move it below the root")
+    root = Path(corpus.root).resolve()
+    found = sorted(path.resolve() for path in root.glob(pattern) if path.is_file())
+    if not found:
+        raise CorpusError(f"{where}: no file {root / pattern}; correct `root` or the pattern")
+    if outside := [path for path in found if not path.is_relative_to(root)]:
+        raise CorpusError(f"{where}: {outside[0]} lies outside the root {root}; copy it there")
+    return found
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -66,6 +101,23 @@ def section(document: dict[str, Any], name: str, path: Path) -> list[Any]:
         found = f"only {sorted(document)[:12]}" if value is None else type(value).__name__
         raise CorpusError(f"{path}: expected a list {name!r}, found {found}; is it the right kind of file?")
     return value
+
+
+def of_parts(records: list[Any], corpus: CorpusConfig, path: Path) -> list[Any]:
+    """The records whose `split` is one of `parts`, else the corpus's split.
+
+    Raises `CorpusError` where a part has none.
+    """
+    wanted = corpus.parts or (corpus.split,)
+    # a record without a readable split belongs to all of them: it is refused, and so it is counted
+    splits = [record.get("split") if isinstance(record, dict) else None for record in records]
+    there = {split for split in splits if isinstance(split, str)}
+    if missing := [part for part in wanted if part not in there]:
+        raise CorpusError(
+            f"{path}: no record of split {missing[0]!r}; there are {sorted(there)}: choose with `parts`"
+        )
+    pairs = zip(records, splits, strict=True)
+    return [record for record, split in pairs if not isinstance(split, str) or split in wanted]
 
 
 def parse(model: type[AnyEntry], record: Any) -> AnyEntry:
@@ -137,6 +189,20 @@ def text(value: str) -> str:
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in sentence):
         raise Refusal("text", f"the text holds control characters or broken UTF-8: {sentence!a:.80}")
     return sentence
+
+
+def _where(corpus: CorpusConfig) -> str:
+    return f"corpus {corpus.name!r} ({corpus.format}, {corpus.split})"
+
+
+def _named(corpus: CorpusConfig, setting: str) -> Path:
+    name = getattr(corpus, setting)
+    if not name:
+        raise CorpusError(f"{_where(corpus)}: set `{setting}` to a place below its root {corpus.root!r}")
+    try:
+        return _inside(corpus, name)
+    except ValueError as error:
+        raise CorpusError(f"{_where(corpus)}: {setting} {name!r} {error}; move it below the root") from None
 
 
 def _inside(corpus: CorpusConfig, *parts: str) -> Path:

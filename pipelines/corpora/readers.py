@@ -1,21 +1,59 @@
 """The table of formats. A format is a function from a corpus to rows and rejects; a new one is a new line."""
 
+import hashlib
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
-from pipelines.corpora import captions_tsv, coco_captions, coco_panoptic, refcoco, vqa_v2
+from pipelines.corpora import (
+    captions_table,
+    cityscapes,
+    coco_captions,
+    coco_instances,
+    coco_panoptic,
+    dataset,
+    grounding,
+    index_maps,
+    karpathy,
+    refcoco,
+    visual_genome,
+    voc,
+    vqa_v2,
+    webdataset,
+)
+from pipelines.corpora.files import CONTAINERS, matching
 from pipelines.corpora.rows import CorpusError, Row
 from schemas.jobs import CorpusConfig, Format
 from schemas.records import Reject
-from schemas.taxonomy import Taxonomy
+from schemas.taxonomy import SHIPPED, Taxonomy
 
 Reader = Callable[[CorpusConfig], Iterator[Row | Reject]]
 
 READERS: dict[Format, Reader] = {
     "coco_panoptic": coco_panoptic.read,
+    "coco_instances": coco_instances.read,
+    "index_maps": index_maps.read,
+    "cityscapes": cityscapes.read,
+    "voc": voc.read,
     "refcoco": refcoco.read,
-    "captions_tsv": captions_tsv.read,
+    "grounding": grounding.read,
+    "visual_genome": visual_genome.read,
     "coco_captions": coco_captions.read,
+    "karpathy": karpathy.read,
+    "captions_table": captions_table.read,
+    "webdataset": webdataset.read,
     "vqa_v2": vqa_v2.read,
+    "dataset": dataset.read,
+}
+
+# Formats with segments: the one class list that their rows name.
+TAXONOMIES: dict[Format, Callable[[CorpusConfig], Taxonomy]] = {
+    "coco_panoptic": coco_panoptic.taxonomy,
+    "coco_instances": coco_instances.taxonomy,
+    "index_maps": index_maps.taxonomy,
+    "cityscapes": cityscapes.taxonomy,
+    "voc": voc.taxonomy,
 }
 
 
@@ -32,6 +70,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             break
         else:
             num_rows += 1
+            item = replace(item, image_number=_number(corpus, item))
         yield item
     if not num_rows + num_rejects:
         raise CorpusError(
@@ -40,9 +79,40 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         )
 
 
-def taxonomy(corpus: CorpusConfig) -> Taxonomy | None:
-    """The classes that the corpus labels, in the order of its file; None where its format labels none.
+def _number(corpus: CorpusConfig, row: Row) -> str:
+    """`COCO_val2014_000000000042.jpg`, `000000000042.jpg` and 42 are one image of the list."""
+    digits = re.findall(r"\d+", PurePosixPath(row.image_id).stem)
+    return f"{corpus.image_ids} {int(digits[-1])}" if corpus.image_ids and digits else ""
+
+
+def taxonomies(corpus: CorpusConfig) -> tuple[Taxonomy, ...]:
+    """The class lists that the rows' `taxonomy` names, in the order of their files; none of texts alone.
 
     `seen` is true for all of them here: which classes have a mask in training only the build knows.
     """
-    return coco_panoptic.taxonomy(corpus) if corpus.format == "coco_panoptic" else None
+    if corpus.format == "dataset":
+        return dataset.taxonomies(corpus)
+    return (TAXONOMIES[corpus.format](corpus),) if corpus.format in TAXONOMIES else ()
+
+
+def fingerprints(corpus: CorpusConfig) -> dict[str, str]:
+    """What the card of a version says of each annotation file: its sha256, or "N bytes" of one with images.
+
+    Names are relative to the root. Raises `CorpusError`, and `OSError` where a file cannot be read.
+    """
+    found = {}
+    named = [corpus.annotations, corpus.instances, corpus.questions, corpus.classes]
+    if corpus.format == "dataset":
+        named.append("dataset.json")
+    root = Path(corpus.root).resolve()
+    for name in (name for name in named if name and name not in SHIPPED and not (root / name).is_dir()):
+        for path in matching(corpus, name):
+            relative = path.relative_to(root).as_posix()
+            whole = path.suffix not in CONTAINERS  # reading terabytes only to hash them would take hours
+            found[relative] = _sha256(path) if whole else f"{path.stat().st_size} bytes"
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,17 +1,18 @@
 """RefCOCO, RefCOCO+, RefCOCOg: a pickle of expressions that point into an instances JSON.
 
-Settings used: `images`, `annotations` (the pickle `refs(...).p`), `instances`, `ref_split`.
+Settings used: `images`, `annotations` (the pickle `refs(...).p`), `instances`, `parts`.
 Layout: https://github.com/lichengunc/refer. The pickle is read as data only; nothing in it can run.
 """
 
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
 from pipelines.corpora.coco_images import CocoImage, CocoImages
+from pipelines.corpora.coco_masks import Segmentation, mask
 from pipelines.corpora.files import (
     Entry,
     Id,
@@ -20,6 +21,7 @@ from pipelines.corpora.files import (
     index,
     label,
     load_json,
+    of_parts,
     only,
     parse,
     section,
@@ -27,10 +29,7 @@ from pipelines.corpora.files import (
 )
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
-from schemas.masks import annotation_rle, decode_rle
-from schemas.records import Referring, Reject, Rle, Source
-
-MAX_PIXELS = 2**28  # of an image whose masks are decoded here; chosen by us, above any photograph
+from schemas.records import Referring, Reject, Source
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
@@ -41,7 +40,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     instances = index(section(document, "annotations", instances_path))
     by_image: dict[str, list[tuple[str, Referring]]] = {}
     done: set[str] = set()
-    for position, record in enumerate(_of_split(load_refs(refs_path), corpus, refs_path)):
+    for position, record in enumerate(of_parts(load_refs(refs_path), corpus, refs_path)):
         try:
             ref = parse(_Ref, record)
             if str(ref.ref_id) in done:
@@ -83,21 +82,6 @@ class _PlainUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and nothing in a corpus may run")
 
 
-def _of_split(refs: list[Any], corpus: CorpusConfig, path: Path) -> list[Any]:
-    wanted = corpus.ref_split or corpus.split
-    # a record without a readable split belongs to all of them: it is refused, and so it is counted
-    splits = [ref.get("split") if isinstance(ref, dict) else None for ref in refs]
-    chosen = [
-        ref for ref, split in zip(refs, splits, strict=True) if split == wanted or not isinstance(split, str)
-    ]
-    if wanted not in splits:
-        there = sorted({split for split in splits if isinstance(split, str)})
-        raise CorpusError(
-            f"{path}: no ref of split {wanted!r}; there are {there}: choose one with `ref_split`"
-        )
-    return chosen
-
-
 def _referring(ref: "_Ref", image: CocoImage, instances: dict[str, list[Any]]) -> Referring:
     instance = parse(_Instance, only(instances, ref.ann_id, "instance", "segmentation"))
     if str(instance.image_id) != str(ref.image_id):
@@ -106,26 +90,8 @@ def _referring(ref: "_Ref", image: CocoImage, instances: dict[str, list[Any]]) -
         )
     return Referring(
         sentences=tuple(text(sentence.sent) for sentence in ref.sentences),
-        mask=_mask(instance.segmentation, image),
+        mask=mask(instance.segmentation, image),
     )
-
-
-def _mask(segmentation: "list[list[float]] | _Runs", image: CocoImage) -> Rle:
-    if image.height * image.width > MAX_PIXELS:
-        raise Refusal("segmentation", f"the image claims {image.height} x {image.width} pixels")
-    outlines = segmentation if isinstance(segmentation, list) else []
-    far = 4 * max(image.height, image.width)  # pycocotools allocates by the length of an outline
-    if any(abs(number) > far for outline in outlines for number in outline):
-        raise Refusal("segmentation", "a polygon lies far outside the image")
-    try:
-        plain = segmentation.model_dump() if isinstance(segmentation, _Runs) else segmentation
-        rle = annotation_rle(plain, image.height, image.width)
-        covered = decode_rle(rle).any()
-    except ValueError as error:
-        raise Refusal("segmentation", str(error)) from None
-    if not covered:
-        raise Refusal("segmentation", "the mask is empty")
-    return rle
 
 
 def _row(corpus: CorpusConfig, image: CocoImage, found: list[tuple[str, Referring]]) -> Row:
@@ -146,18 +112,9 @@ def _row(corpus: CorpusConfig, image: CocoImage, found: list[tuple[str, Referrin
     )
 
 
-Coordinate = Annotated[float, Field(allow_inf_nan=False)]
-Run = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-class _Runs(Entry):
-    size: tuple[int, int]
-    counts: Text | list[Run]
-
-
 class _Instance(Entry):
     image_id: Id
-    segmentation: list[list[Coordinate]] | _Runs
+    segmentation: Segmentation
 
 
 class _Sentence(Entry):

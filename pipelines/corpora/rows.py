@@ -6,6 +6,7 @@ No pixels: heights, widths, areas and boxes are what the annotation file claims,
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.labels import SegmentRule
 from schemas.jobs import CorpusConfig
 from schemas.records import Question, Referring, Reject, Segment, Source, Split
 
@@ -36,11 +37,16 @@ class Row:
 
     corpus, split   of the `CorpusConfig` it came from
     image_id        stable within the corpus, e.g. "397133"; a relative path where images have no number
-    image_path      absolute, an existing file under the corpus root
+    image_number    the image in a list that several corpora share, e.g. "coco 397133"; empty without one
+    image_path      the place of the image (pipelines/places.py): an absolute path of an existing file under
+                    the corpus root, or a tar member or a cell of a table in such a file
     height, width   pixels as the annotation file states them, None where it does not
     taxonomy        name of the taxonomy that the segments' categories belong to
-    labels_path     absolute path of the PNG with RGB-coded segment ids; None without segments
-    segments        `id` is the RGB id in that PNG; the build renumbers them 1..n in this order
+    labels_path     the label place of the segments' pixels (pipelines/labels.py); None without segments
+    segments        `id` is the id in that label map; the build renumbers them 1..n in this order
+    rule            where the annotation lists no segments: how they follow from the label map; one of
+                    `segments` and `rule` stands with `labels_path`
+    origins         of a sample that was built before: the sources that it had, beside this corpus
     """
 
     corpus: str
@@ -52,10 +58,13 @@ class Row:
     taxonomy: str | None = None
     labels_path: str | None = None
     segments: tuple[Segment, ...] | None = None
+    rule: SegmentRule | None = None
     referring: tuple[Referring, ...] = ()
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
     source: Source
+    origins: tuple[Source, ...] = ()
+    image_number: str = ""
 
 
 def refuse(corpus: CorpusConfig, record: str, refusal: Refusal) -> Reject:

@@ -1,0 +1,69 @@
+"""The grounding JSON of the original X-Decoder: COCO instances that carry their referring expressions.
+
+A REFER record merged into the annotation that it refers to; the text is `raw` of each sentence. Made by the
+converter of microsoft/X-Decoder. Settings used: `images`, `annotations`.
+"""
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from pipelines.corpora.coco_images import CocoImages
+from pipelines.corpora.coco_masks import Segmentation, mask
+from pipelines.corpora.files import Entry, Id, Text, annotation_file, label, load_json, parse, section, text
+from pipelines.corpora.rows import Refusal, Row, refuse
+from schemas.jobs import CorpusConfig
+from schemas.records import Referring, Reject, Source
+
+
+def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
+    """One row an image, in order of appearance, after one reject an unusable annotation.
+
+    Raises `CorpusError`.
+    """
+    path = annotation_file(corpus, "annotations")
+    document = load_json(path)
+    images = CocoImages(corpus, document, path)
+    by_image: dict[str, list[tuple[str, Referring]]] = {}
+    done: set[str] = set()
+    for position, record in enumerate(section(document, "annotations", path)):
+        try:
+            grounded = parse(_Grounded, record)
+            if str(grounded.ann_id) in done:
+                raise Refusal("duplicate-id", "an annotation with this ann_id was read already")
+            done.add(str(grounded.ann_id))
+            sentences = tuple(text(sentence.raw) for sentence in grounded.sentences)
+            region = Referring(
+                sentences=sentences, mask=mask(grounded.segmentation, images[grounded.image_id])
+            )
+            by_image.setdefault(str(grounded.image_id), []).append((str(grounded.ann_id), region))
+        except Refusal as refusal:
+            yield refuse(corpus, label("annotation", record, "ann_id", position), refusal)
+    for image_id, found in by_image.items():
+        image = images[image_id]
+        yield Row(
+            corpus=corpus.name,
+            split=corpus.split,
+            image_id=image.id,
+            image_path=image.path,
+            height=image.height,
+            width=image.width,
+            referring=tuple(referring for _, referring in found),
+            source=Source(
+                corpus=corpus.name,
+                files=(image.file,),
+                ids=tuple(ann_id for ann_id, _ in found),
+                licence=image.licence,
+            ),
+        )
+
+
+class _Sentence(Entry):
+    raw: Text
+
+
+class _Grounded(Entry):
+    ann_id: Id
+    image_id: Id
+    segmentation: Segmentation
+    sentences: tuple[_Sentence, ...] = Field(min_length=1)

@@ -1,0 +1,389 @@
+"""Which images are copies: re-encoded, resized, lightly cropped, mirrored? Arrays in, rows out.
+
+An image is known by a thumbnail: 32 x 32 pixels of brightness and 8 x 8 of colour. From it comes a hash of 63
+bits, the signs of the lowest cosine coefficients of the inner 80 % of the picture (the idea of the perceptual
+hash, Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions"). A lightly cropped
+copy shows those inner 80 % elsewhere, so the hashes of an image under every light crop are looked up among
+the plain ones; mirroring is an exclusive or. Hashes within 5 bits are found exactly, through three bands of
+21 bits of which one differs in one bit at most (pigeonhole; Norouzi et al. 2012, "Fast Search in Hamming
+Space with Multi-Index Hashing"). Whatever is found is then verified: the thumbnails are aligned to a fraction
+of a pixel and must agree in every part, in brightness and in colour.
+
+Letters: `N` images, `P` pairs, `S` side of the brightness, 32. Decisions depend on the order of the images,
+which the caller makes canonical. No files, no time, no chance.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Protocol
+
+import numpy as np
+
+from schemas.masks import Array
+
+SIDE, COLOUR_SIDE = 32, 8
+THUMBNAIL_BYTES = SIDE**2 + 2 * COLOUR_SIDE**2
+RADIUS = 5  # bits
+FLAT = 2.0  # grey levels of standard deviation; below it the hash is one of noise
+
+# Chosen by us, see benchmarks/leakage.py: what is left of a copy after alignment, as a share of its contrast.
+MOST_RESIDUAL = 0.3  # over the whole picture
+MOST_LOCAL_RESIDUAL = 0.75  # in the worst of 4 x 4 parts: one object put into the same scene
+MOST_CROP = 0.08  # of a side, per edge
+LEAST_GAIN = 0.75  # a copy keeps its contrast; another picture of one smooth gradient does not
+MOST_SHIFT = 12.0  # grey levels between the means
+MOST_TINT, MOST_TINT_SHARE = 1.5, 0.2  # of 256 levels of colour, plus a share of how much it varies
+
+_INNER = 0.1  # of a side, not hashed at either end; more than any crop takes away
+_STEPS = (0.0, 0.025, 0.05)  # crops that are looked up; those between are within RADIUS of one of them
+_BANDS, _BAND_BITS = 3, 21
+_CHUNK = 1 << 15  # hashes looked up at a time: 6 MB of probes a band
+_PAIRS = 1 << 20  # candidates compared at a time
+_VERIFIED = 256  # thumbnails aligned at a time: 20 MB
+
+
+class Thumbnails(Protocol):
+    """Gives uint8[n, 1152] for int64[n] rows: an array, or something that leaves them on disk until then."""
+
+    def __getitem__(self, rows: Array, /) -> Array: ...
+
+
+def thumbnail(pixels: Array) -> Array:
+    """uint8[S, S, 3] of Y, Cb, Cr -> uint8[1152]: the brightness, then both colours 8 x 8."""
+    cells = pixels[:, :, 1:].reshape(COLOUR_SIDE, SIDE // COLOUR_SIDE, COLOUR_SIDE, SIDE // COLOUR_SIDE, 2)
+    colour = np.rint(cells.mean((1, 3))).astype(np.uint8)
+    return np.concatenate([pixels[:, :, 0].ravel(), np.moveaxis(colour, 2, 0).ravel()])
+
+
+def is_flat(thumbnail: Array) -> bool:
+    """Whether uint8[1152] shows too little to tell the image's copies from anything else."""
+    return float(_brightness(thumbnail[None]).std()) < FLAT
+
+
+def hashes(thumbnails: Array) -> Array:
+    """uint8[N, 1152] -> uint64[N], equal on every machine: all sums are whole numbers."""
+    return _window_hashes(thumbnails, _PLAIN, _PLAIN)[:, 0]
+
+
+def find_copies(hashed: Array, thumbnails: Thumbnails, held_out: Array) -> Array:
+    """What each image is a copy of: int64[N], a row, or -1 where it is nobody's.
+
+    hashed       uint64[N], of `hashes`
+    held_out     bool[N]; they are never copies
+
+    A copy of held-out images is one of the lowest of them. Any other is a copy of the lowest image that it
+    resembles and that is no copy itself. No chains: what only resembles a copy is kept.
+
+    Crops are looked for between held-out images and others; among the others only what shows the whole.
+    Memory beside the arguments: 20 bytes an image and about 100 MB.
+    """
+    copy_of = np.full(len(hashed), -1, dtype=np.int64)
+    if not len(hashed):
+        return copy_of
+    others = np.flatnonzero(~held_out)
+    index = HashIndex(hashed[others])
+    kept, lost = _leaks(index, others, np.flatnonzero(held_out), thumbnails)
+    _settle(copy_of, kept, lost)
+    _settle(copy_of, *_alike(index, others, hashed, thumbnails))
+    return copy_of
+
+
+def _settle(copy_of: Array, first: Array, second: Array) -> None:
+    """Pairs of a row and a later or held-out one, in the order in which they are decided."""
+    for row in np.lexsort((first, second)).tolist():
+        one, other = first[row], second[row]
+        if copy_of[one] < 0 and copy_of[other] < 0:
+            copy_of[other] = one
+
+
+def _leaks(index: "HashIndex", others: Array, held_out: Array, thumbnails: Thumbnails) -> tuple[Array, Array]:
+    """Pairs of a held-out image and another that is a copy of it, or the reverse."""
+    found = []
+    per_chunk = max(1, _CHUNK // (2 * len(_CROPS)))
+    for start in range(0, len(held_out), per_chunk):
+        rows = held_out[start : start + per_chunk]
+        variants = np.concatenate([_window_hashes(thumbnails[rows], w, w) for w in _WINDOWS], axis=1)
+        both = np.stack([variants, variants ^ _MIRROR], axis=1).reshape(len(rows), -1)
+        query, other, bits = index.within(both.ravel())
+        which, way = np.divmod(query, both.shape[1])
+        mirrored, crop = np.divmod(way, len(_CROPS))
+        # of the crops under which two images look alike, the likest
+        order = np.lexsort((crop, bits, mirrored, other, which))
+        keys = np.stack([which, other, mirrored])[:, order]
+        best = order[np.flatnonzero(np.any(np.diff(keys, axis=1, prepend=-1), axis=0))]
+        one, two, side = rows[which[best]], others[other[best]], mirrored[best].astype(bool)
+        same = verify(thumbnails, two, one, side, _CROPS[crop[best]])
+        found.append((one[same], two[same]))
+    return _join(found)
+
+
+def _alike(index: "HashIndex", others: Array, hashed: Array, thumbnails: Thumbnails) -> tuple[Array, Array]:
+    """Pairs of a lower and a higher row of `others` that show the same, mirrored or not."""
+    found = []
+    for start in range(0, len(others), _CHUNK):
+        rows = others[start : start + _CHUNK]
+        for mirrored in (False, True):
+            query, other, _ = index.within(hashed[rows] ^ (_MIRROR if mirrored else np.uint64(0)))
+            one, two = rows[query], others[other]
+            one, two = one[one < two], two[one < two]
+            side = np.full(len(one), mirrored)
+            same = verify(thumbnails, two, one, side, np.tile(_CROPS[:1], (len(one), 1)))
+            found.append((one[same], two[same]))
+    return _join(found)
+
+
+def _join(found: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    none = np.zeros(0, dtype=np.int64)
+    return np.concatenate([none, *(a for a, _ in found)]), np.concatenate([none, *(b for _, b in found)])
+
+
+# -------------------------------------------------------------------------------------------------- search
+
+
+class HashIndex:
+    """Hashes in three orders, one a band of bits; 12 bytes a hash and 24 MB beside the hashes."""
+
+    def __init__(self, hashed: Array) -> None:
+        """uint64[N]."""
+        self._hashes = np.ascontiguousarray(hashed, dtype=np.uint64)
+        self._bands = []
+        for band in range(_BANDS):
+            keys = _band(self._hashes, band)
+            starts = np.zeros((1 << _BAND_BITS) + 1, dtype=np.int32)
+            np.cumsum(np.bincount(keys, minlength=1 << _BAND_BITS), out=starts[1:])
+            self._bands.append((np.argsort(keys, kind="stable").astype(np.int32), starts))
+
+    def within(self, queries: Array) -> tuple[Array, Array, Array]:
+        """uint64[M] -> (query, row, bits): every pair that differs in at most `RADIUS` bits, once.
+
+        Exact: where 5 bits are spread over 3 bands, one band has at most one of them.
+        """
+        found = [self._chunk(queries, start) for start in range(0, len(queries), _CHUNK)]
+        if not found:
+            return (np.zeros(0, dtype=np.int64),) * 3
+        query, row, bits = (np.concatenate(column) for column in zip(*found, strict=True))
+        return query, row, bits
+
+    def _chunk(self, queries: Array, start: int) -> tuple[Array, Array, Array]:
+        part = queries[start : start + _CHUNK]
+        pairs, distances = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        for band, (order, starts) in enumerate(self._bands):
+            probes = _band(part, band)[:, None] ^ _FLIPS
+            for probe, place in _ranges(starts[probes].ravel(), starts[probes + 1].ravel()):
+                query, row = probe // len(_FLIPS), order[place]
+                bits = np.bitwise_count(part[query] ^ self._hashes[row])
+                near = bits <= RADIUS
+                pairs.append(query[near] * len(self._hashes) + row[near])
+                distances.append(bits[near].astype(np.int64))
+        unique, first = np.unique(np.concatenate(pairs), return_index=True)
+        query, row = np.divmod(unique, max(1, len(self._hashes)))
+        return query + start, row, np.concatenate(distances)[first]
+
+
+def _ranges(starts: Array, ends: Array) -> Iterator[tuple[Array, Array]]:
+    """Every place of every range beside the number of its range, about `_PAIRS` places at a time."""
+    filled = np.flatnonzero(ends > starts)
+    starts, sizes = starts[filled].astype(np.int64), (ends - starts)[filled].astype(np.int64)
+    totals = np.concatenate([[0], np.cumsum(sizes)])
+    for low in range(0, int(totals[-1]), _PAIRS):
+        place = np.arange(low, min(low + _PAIRS, int(totals[-1])))
+        which = np.searchsorted(totals, place, side="right") - 1
+        yield filled[which], starts[which] + place - totals[which]
+
+
+def _band(hashed: Array, band: int) -> Array:
+    return (hashed >> np.uint64(band * _BAND_BITS) & np.uint64((1 << _BAND_BITS) - 1)).astype(np.int64)
+
+
+_FLIPS = np.array([0, *(1 << bit for bit in range(_BAND_BITS))])
+
+
+# ------------------------------------------------------------------------------------------------ the hash
+
+
+def _crops() -> tuple[Array, tuple[Array, Array]]:
+    """Where one image lies in another: float64[C, 4] maps (scale, shift of x; of y), and the windows of both.
+
+    The first half are crops of the held-out image, the second half are images that it is a crop of. A map
+    takes x in [0, 1] of the other image to x of the held-out one.
+    """
+    inside = np.array([(1 - low - high, low) for low, high in product(_STEPS, _STEPS)])
+    outside = np.stack([1 / inside[:, 0], -inside[:, 1] / inside[:, 0]], axis=1)
+    maps = np.array([[*x, *y] for ways in (inside, outside) for y, x in product(ways, ways)])
+    windows = tuple(
+        np.stack([ways[:, 1] + ways[:, 0] * _INNER, ways[:, 1] + ways[:, 0] * (1 - _INNER)], axis=1)
+        for ways in (inside, outside)
+    )
+    return maps, (windows[0], windows[1])
+
+
+def _bit_order() -> tuple[Array, np.uint64]:
+    """Which of the 8 x 8 coefficients each bit is, and the bits that mirroring turns.
+
+    Low frequencies first, dealt to the bands in turn, so that all bands tell images apart equally well.
+    """
+    coefficients = sorted(product(range(8), range(8)), key=lambda yx: (sum(yx), yx))[1:]
+    dealt = [yx for band in range(_BANDS) for yx in coefficients[band::_BANDS]]
+    mirrored = sum(1 << bit for bit, (_, x) in enumerate(dealt) if x % 2)
+    return np.array([8 * y + x for y, x in dealt]), np.uint64(mirrored)
+
+
+def _window_hashes(thumbnails: Array, rows: Array, columns: Array) -> Array:
+    """uint8[N, 1152] -> uint64[N, windows of rows x windows of columns]; windows float64[n, 2] in [0, 1]."""
+    down, across = _projection(rows), _projection(columns)
+    sums = down @ _brightness(thumbnails) @ across.T
+    blocks = sums.reshape(len(thumbnails), len(rows), 8, len(columns), 8).swapaxes(2, 3)
+    signs = blocks.reshape(*blocks.shape[:3], 64)[..., _ORDER] > 0
+    padded = np.concatenate([signs, np.zeros_like(signs[..., :1])], axis=-1)
+    packed = np.ascontiguousarray(np.packbits(padded, axis=-1, bitorder="little")).view("<u8")
+    return packed.reshape(len(thumbnails), len(rows) * len(columns)).astype(np.uint64)
+
+
+def _projection(windows: Array) -> Array:
+    """float64[n * 8, S]: cosines over each window, integrated over pixels, rounded to whole 1/65536."""
+    edges = (np.arange(SIDE + 1) / SIDE).clip(windows[:, :1], windows[:, 1:])
+    place = (edges - windows[:, :1]) / (windows[:, 1:] - windows[:, :1])
+    waves = np.pi * np.arange(1, 8)[:, None]
+    cosines = np.sin(waves * place[:, None]) / waves
+    whole = np.concatenate([place[:, None], cosines], axis=1)
+    return np.rint(np.diff(whole) * 65536).reshape(len(windows) * 8, SIDE)
+
+
+_CROPS, _WINDOWS = _crops()
+_PLAIN = _WINDOWS[0][:1]
+_ORDER, _MIRROR = _bit_order()
+
+
+# -------------------------------------------------------------------------------------------- verification
+
+
+def verify(thumbnails: Thumbnails, one: Array, two: Array, mirrored: Array, maps: Array) -> Array:
+    """bool[P]: whether the images of rows `one` and `two` (int64[P]) show the same.
+
+    mirrored   bool[P], whether the second is to be mirrored
+    maps       float64[P, 4], about where the first lies in the second, before mirroring
+    """
+    same = np.zeros(len(one), dtype=bool)
+    for start in range(0, len(one), _VERIFIED):
+        part = slice(start, start + _VERIFIED)
+        flip, place = mirrored[part], maps[part].copy()
+        place[flip, 1] = 1 - place[flip, 1] - place[flip, 0]
+        first, second = thumbnails[one[part]], thumbnails[two[part]]
+        grey = _smooth(_brightness(first)), _mirrored(_smooth(_brightness(second)), flip)
+        for _ in range(4):
+            place = place + _correction(*grey, place)
+        colour = _colour(first), _mirrored(_colour(second), flip)
+        same[part] = _is_light_crop(place) & _same_shapes(*grey, place) & _same_colours(*colour, place)
+    return same
+
+
+def _is_light_crop(place: Array) -> Array:
+    scale, low = place[:, [0, 2]], place[:, [1, 3]]
+    return np.asarray(np.abs(np.concatenate([low, 1 - low - scale], axis=1)).max(1) <= MOST_CROP)
+
+
+def _same_shapes(first: Array, second: Array, place: Array) -> Array:
+    """Whether what one contrast and brightness do not explain is little, everywhere."""
+    seen, valid = _warped(second, place)
+    gain, shift = _fitted(np.stack([seen, np.ones_like(seen)], axis=1), first, valid).T
+    size = valid.sum((1, 2)).clip(1)
+    mean = (first * valid).sum((1, 2)) / size
+    contrast = np.sqrt(((first - mean[:, None, None]) ** 2 * valid).sum((1, 2)) / size).clip(1e-6)
+    wrong = (first - gain[:, None, None] * seen - shift[:, None, None]) ** 2 * valid
+    part_size, part_wrong = _by_part(valid), _by_part(wrong)
+    counted = part_size >= (SIDE // _PARTS) ** 2 / 4
+    return np.asarray(
+        (np.sqrt(wrong.sum((1, 2)) / size) <= MOST_RESIDUAL * contrast)
+        & (np.sqrt((part_wrong / part_size.clip(1) * counted).max(1)) <= MOST_LOCAL_RESIDUAL * contrast)
+        & (gain >= LEAST_GAIN)
+        & (gain <= 1 / LEAST_GAIN)
+        & (np.abs(((first - seen) * valid).sum((1, 2)) / size) <= MOST_SHIFT)
+    )
+
+
+def _same_colours(first: Array, second: Array, place: Array) -> Array:
+    """Whether the colours agree; a copy may have lost them. float64[P, 2, 8, 8], 0 is grey."""
+    seen, _ = _warped(second, place)
+    wrong = _by_part(first - seen) / (COLOUR_SIDE // _PARTS) ** 2
+    tint = np.sqrt((wrong**2).mean((1, 2)))
+    spread = np.sqrt(first.var((2, 3)).mean(1))
+    grey = np.minimum(*(np.abs(colour).max((1, 2, 3)) for colour in (first, second))) <= 2
+    return np.asarray(grey | (tint <= MOST_TINT + MOST_TINT_SHARE * spread))
+
+
+def _correction(first: Array, second: Array, place: Array) -> Array:
+    """One Gauss-Newton step of the map (Lucas and Kanade 1981), with brightness and contrast set free."""
+    seen, valid = _warped(second, place)
+    down, _ = _warped(np.gradient(second, 1 / SIDE, axis=1), place)
+    across, _ = _warped(np.gradient(second, 1 / SIDE, axis=2), place)
+    centres = _centres(SIDE)
+    terms = [seen, np.ones_like(seen), across * centres, across, down * centres[:, None], down]
+    fitted = _fitted(np.stack(terms, axis=1), first, valid)
+    gain = np.where(np.abs(fitted[:, :1]) < 1e-3, 1e-3, fitted[:, :1])
+    return np.asarray((fitted[:, 2:] / gain).clip(-0.03, 0.03))
+
+
+def _fitted(terms: Array, target: Array, valid: Array) -> Array:
+    """float64[P, K, S, S], [P, S, S], bool[P, S, S] -> [P, K], least squares over what both images show."""
+    flat = (terms * valid[:, None]).reshape(*terms.shape[:2], -1)
+    normal = flat @ flat.swapaxes(1, 2)
+    ridge = 1e-6 * np.trace(normal, axis1=1, axis2=2)[:, None, None] + 1e-6
+    right = flat @ target.reshape(len(target), -1, 1)
+    return np.asarray(np.linalg.solve(normal + ridge * np.eye(terms.shape[1]), right)[..., 0])
+
+
+def _warped(image: Array, place: Array) -> tuple[Array, Array]:
+    """What the second image [P, ..., side, side] shows at the first one's pixels, and where it shows any."""
+    side = image.shape[-1]
+    x = place[:, 0:1] * _centres(side) + place[:, 1:2]
+    y = place[:, 2:3] * _centres(side) + place[:, 3:4]
+    inside = ((y >= 0) & (y <= 1))[:, :, None] & ((x >= 0) & (x <= 1))[:, None, :]
+    down, across = _cubic(y), _cubic(x).swapaxes(1, 2)
+    if image.ndim == 4:
+        down, across = down[:, None], across[:, None]
+    return down @ image @ across, inside
+
+
+def _cubic(place: Array) -> Array:
+    """float64[P, n] in [0, 1] -> weights float64[P, n, n] of Keys' cubic convolution (1981), a = -1/2."""
+    side = place.shape[1]
+    far = np.abs((place * side - 0.5).clip(0, side - 1)[:, :, None] - np.arange(side))
+    near = (1.5 * far - 2.5) * far**2 + 1
+    outer = ((-0.5 * far + 2.5) * far - 4) * far + 2
+    weights = np.where(far <= 1, near, np.where(far < 2, outer, 0.0))
+    return np.asarray(weights / weights.sum(2, keepdims=True))
+
+
+def _centres(side: int) -> Array:
+    return (np.arange(side) + 0.5) / side
+
+
+def _brightness(thumbnails: Array) -> Array:
+    return thumbnails[:, : SIDE**2].reshape(-1, SIDE, SIDE).astype(np.float64)
+
+
+def _colour(thumbnails: Array) -> Array:
+    return thumbnails[:, SIDE**2 :].reshape(-1, 2, COLOUR_SIDE, COLOUR_SIDE).astype(np.float64) - 128
+
+
+def _mirrored(images: Array, which: Array) -> Array:
+    images[which] = images[which][..., ::-1]
+    return images
+
+
+def _smooth(images: Array) -> Array:
+    """float64[P, S, S], less what sampling made of details finer than two pixels."""
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)), "edge")
+    rows = sum(w * padded[:, i : i + SIDE] for i, w in enumerate(_BINOMIAL))
+    return np.asarray(sum(w * rows[:, :, i : i + SIDE] for i, w in enumerate(_BINOMIAL)))
+
+
+def _by_part(pixels: Array) -> Array:
+    """[..., side, side] -> sums over 4 x 4 parts, [..., 16]."""
+    step = pixels.shape[-1] // _PARTS
+    cells = pixels.reshape(*pixels.shape[:-2], _PARTS, step, _PARTS, step)
+    return cells.sum((-3, -1)).reshape(*pixels.shape[:-2], _PARTS**2)
+
+
+_PARTS = 4
+_BINOMIAL = np.array([1, 4, 6, 4, 1]) / 16
