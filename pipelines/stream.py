@@ -9,8 +9,9 @@ import hashlib
 import io
 import logging
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -24,9 +25,10 @@ import torch
 import webdataset as wds
 from PIL import Image
 from torch.utils.data import get_worker_info
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from pipelines.catalog import DatasetVersion
-from pipelines.order import positions, rank_slice, sample_seed
+from pipelines.order import Order, rank_slice, sample_seed
 from pipelines.shards import ShardError, parse
 from schemas.masks import Array
 from schemas.records import Sample, Split
@@ -53,6 +55,7 @@ def training_stream(
     world_size: int,
     position: int = 0,
     workers: int = 0,
+    ahead: int = 0,
     make_batch: MakeBatch[T],
     max_corrupt: int = 16,
 ) -> Iterator[tuple[T, int]]:
@@ -61,23 +64,34 @@ def training_stream(
     stream        training samples with segments or phrases ("segmentation"), with captions or questions
                   ("image_text"); a sample may be in both
     position      samples taken by all ranks so far; the sequence from there on depends on nothing else
-    workers       decoding processes; 0 decodes in the calling thread. The batches are the same for any number
+    workers       decoding processes; 0 decodes in this one. The batches are the same for any number
+    ahead         batches that a thread prepares ahead where there are no workers; 0 prepares them when asked
     make_batch    samples and a seed for each, a pure function of (seed, epoch, sample), -> batch
-    max_corrupt   consecutive unreadable samples that are skipped and logged; their batches are shorter, and a
-                  batch of which nothing is left is passed over
+    max_corrupt   consecutive unreadable samples that are skipped and logged; their batches are shorter. Every
+                  rank draws the same number of batches: a global batch of which nothing is left is passed
+                  over by all; a rank that alone has nothing left takes one sample of the others' twice
 
     Raises `ValueError` at the call where the stream would be empty or the batch does not divide among the
     ranks, `StreamError` from the iterator where more than `max_corrupt` samples in a row are unreadable.
     """
     index = _training_index(version, stream)
-    shares = rank_slice(global_batch, rank, world_size)
-    requests = partial(_requests, index.sizes, seed, global_batch, shares, position)
-    pipeline = wds.DataPipeline(requests, partial(_fetch, index), partial(_collate, make_batch))
+    plan = _Plan(
+        index=index,
+        order=Order(index.sizes, seed),
+        global_batch=global_batch,
+        share=rank_slice(global_batch, rank, world_size),
+    )
+    plan.draw(position, 1)  # an empty stream is refused here
+    pipeline = wds.DataPipeline(
+        partial(_requests, global_batch, position), partial(_fetch, plan), partial(_collate, make_batch)
+    )
     batches: Iterable[_Drawn[T]] = pipeline
     if workers:
         # a loader without its own generator would draw its seed from the one that the training uses
         own = torch.Generator()
         batches = wds.WebLoader(pipeline, batch_size=None, num_workers=workers, generator=own)
+    elif ahead:
+        batches = _prepared(iter(pipeline), ahead)
     return _without_corrupt(batches, stream, max_corrupt)
 
 
@@ -109,6 +123,12 @@ def decode_image(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
     Raises `ShardError`.
     """
+    if data.startswith(b"\xff\xd8"):
+        try:
+            # the same libjpeg-turbo and the same pixels as PIL's, without its detour over four channels
+            return np.asarray(decode_jpeg(_bytes(data), ImageReadMode.RGB).permute(1, 2, 0))
+        except RuntimeError:
+            log.debug("torchvision refuses a JPEG; PIL reads more kinds, and says what is wrong")
     image = _open(data, ("JPEG", "PNG"))
     if image.mode.startswith("I"):
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
@@ -117,21 +137,23 @@ def decode_image(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
-    """One rank's share of one global batch; `position` is that of the whole stream after it."""
+class _Read:
+    """One sample of the sequence; None where it was unreadable, and `fault` says why."""
 
-    indices: list[int]
-    seeds: list[int]
-    position: int
+    sample: Sample | None
+    seed: int
+    fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fetched:
-    """`samples[i]` is None where it was unreadable, and `faults` says why."""
+    """A rank's share of a global batch; `stand_in` where nothing of the share is readable, but of others' is.
 
-    samples: list[Sample | None]
-    seeds: list[int]
-    faults: list[str]
+    position    of the whole stream after the batch
+    """
+
+    share: list[_Read]
+    stand_in: _Read | None
     position: int
 
 
@@ -222,47 +244,79 @@ def _read_all(index: _Index) -> Iterator[Sample]:
             raise StreamError(f"{error}; run: python -m jobs datasets verify") from None
 
 
-def _requests(
-    sizes: tuple[int, ...], seed: int, global_batch: int, shares: slice, position: int
-) -> Iterator[_Request]:
-    """In loader process w of n: batches w, w + n, w + 2n ... so that taking turns restores the order."""
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What a rank draws: its share of every `global_batch` samples of the order."""
+
+    index: _Index
+    order: Order
+    global_batch: int
+    share: slice
+
+    def draw(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Index and seed of the samples at `start` .. `start + count - 1` of the whole stream."""
+        epochs, indices = self.order.positions(start, count)
+        seed = self.order.seed
+        return [(i, sample_seed(seed, e, i)) for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)]
+
+    def read(self, start: int, count: int) -> Iterator[_Read]:
+        for index, seed in self.draw(start, count):
+            try:
+                yield _Read(sample=self.index.sample(index), seed=seed)
+            except ShardError as error:
+                yield _Read(sample=None, seed=seed, fault=str(error))
+
+    def fetch(self, start: int) -> _Fetched:
+        """This rank's share of the global batch that begins at `start`.
+
+        Where nothing of it is readable, all ranks look at the same global batch, so without a word between
+        them they agree whether it is passed over.
+        """
+        share = list(self.read(start + self.share.start, self.share.stop - self.share.start))
+        stand_in = None
+        if all(read.sample is None for read in share):
+            others = self.read(start, self.global_batch)
+            stand_in = next((read for read in others if read.sample is not None), None)
+        return _Fetched(share=share, stand_in=stand_in, position=start + self.global_batch)
+
+
+def _requests(global_batch: int, position: int) -> Iterator[int]:
+    """Where global batches begin; in loader process w of n: w, w + n ..., so that turns restore the order."""
     worker = get_worker_info()
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-    length = shares.stop - shares.start
     for batch in count(first, step):
-        start = position + batch * global_batch
-        epochs, indices = positions(sizes, seed, start + shares.start, length)
-        pairs = list(zip(epochs.tolist(), indices.tolist(), strict=True))
-        yield _Request(
-            indices=[index for _, index in pairs],
-            seeds=[sample_seed(seed, epoch, index) for epoch, index in pairs],
-            position=start + global_batch,
-        )
+        yield position + batch * global_batch
 
 
-def _fetch(index: _Index, requests: Iterator[_Request]) -> Iterator[_Fetched]:
-    for request in requests:
-        samples: list[Sample | None] = []
-        faults = []
-        for i in request.indices:
-            try:
-                samples.append(index.sample(i))
-            except ShardError as error:
-                samples.append(None)
-                faults.append(str(error))
-        yield _Fetched(samples=samples, seeds=request.seeds, faults=faults, position=request.position)
+def _fetch(plan: _Plan, starts: Iterator[int]) -> Iterator[_Fetched]:
+    for start in starts:
+        yield plan.fetch(start)
 
 
 def _collate(make_batch: MakeBatch[T], fetched: Iterator[_Fetched]) -> Iterator[_Drawn[T]]:
     for one in fetched:
-        readable = [(s, seed) for s, seed in zip(one.samples, one.seeds, strict=True) if s is not None]
+        reads = [one.stand_in] if one.stand_in else one.share
+        readable = [(read.sample, read.seed) for read in reads if read.sample is not None]
         batch = make_batch([s for s, _ in readable], [seed for _, seed in readable]) if readable else None
         yield _Drawn(
             batch=batch,
-            readable=[s is not None for s in one.samples],
-            faults=one.faults,
+            readable=[read.sample is not None for read in one.share],
+            faults=[read.fault for read in one.share if read.fault],
             position=one.position,
         )
+
+
+def _prepared(batches: Iterator[T], ahead: int) -> Iterator[T]:
+    """The same batches in the same order, of which a thread prepares up to `ahead` beforehand."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream")
+    try:
+        waiting = deque(pool.submit(next, batches) for _ in range(ahead))
+        while True:
+            batch = waiting.popleft().result()
+            waiting.append(pool.submit(next, batches))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _without_corrupt(drawn: Iterable[_Drawn[T]], stream: Stream, max_corrupt: int) -> Iterator[tuple[T, int]]:
@@ -284,10 +338,18 @@ def _without_corrupt(drawn: Iterable[_Drawn[T]], stream: Stream, max_corrupt: in
 
 
 def _decode_labels(data: bytes) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    pixels: Array = np.asarray(_open(data, ("PNG",)))
-    if pixels.ndim != 2:
-        raise ShardError(f"a label map has one channel, this has shape {pixels.shape}")
-    return pixels.astype(np.uint16)
+    try:
+        pixels: Array = np.asarray(decode_png(_bytes(data)))
+    except RuntimeError as error:
+        raise ShardError(f"cannot be decoded: {error}") from None
+    if len(pixels) != 1:
+        raise ShardError(f"a label map has one channel, this has {len(pixels)}")
+    return pixels[0].astype(np.uint16)
+
+
+def _bytes(data: bytes) -> torch.Tensor:
+    """uint8[n]. A copy, which torch may write to."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
