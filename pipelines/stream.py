@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -27,6 +26,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
+from pipelines.cache import LocalShards, Shards
 from pipelines.catalog import DatasetVersion
 from pipelines.order import Order, rank_slice, sample_seed
 from pipelines.shards import ShardError, parse
@@ -56,6 +56,7 @@ def training_stream(
     position: int = 0,
     workers: int = 0,
     ahead: int = 0,
+    shards: Shards | None = None,
     make_batch: MakeBatch[T],
     max_corrupt: int = 16,
 ) -> Iterator[tuple[T, int]]:
@@ -66,6 +67,7 @@ def training_stream(
     position      samples taken by all ranks so far; the sequence from there on depends on nothing else
     workers       decoding processes; 0 decodes in this one. The batches are the same for any number
     ahead         batches that a thread prepares ahead where there are no workers; 0 prepares them when asked
+    shards        where the files are; those of the version's own folder
     make_batch    samples and a seed for each, a pure function of (seed, epoch, sample), -> batch
     max_corrupt   consecutive unreadable samples that are skipped and logged; their batches are shorter. Every
                   rank draws the same number of batches: a global batch of which nothing is left is passed
@@ -74,7 +76,7 @@ def training_stream(
     Raises `ValueError` at the call where the stream would be empty or the batch does not divide among the
     ranks, `StreamError` from the iterator where more than `max_corrupt` samples in a row are unreadable.
     """
-    index = _training_index(version, stream)
+    index = _training_index(version, stream, shards or LocalShards(version.shards_root))
     plan = _Plan(
         index=index,
         order=Order(index.sizes, seed),
@@ -104,7 +106,7 @@ def read_samples(
     samples than announced is wrong.
     """
     rows = _members(version, split, stream).sort_by("key")
-    return _read_all(_Index(rows.slice(0, limit or None), version.shards_root))
+    return _read_all(_Index(rows.slice(0, limit or None), LocalShards(version.shards_root)))
 
 
 def decode(data: bytes) -> Sample:
@@ -173,8 +175,8 @@ class _Index:
     sizes     samples of each shard; a sample's index counts through them
     """
 
-    def __init__(self, rows: pa.Table, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, rows: pa.Table, files: Shards) -> None:
+        self.files = files
         # Arrow, not lists: touching a million Python strings would copy them into every forked process
         self.keys, self.hashes = rows["key"].combine_chunks(), rows["sha256"].combine_chunks()
         shards = rows["shard"].combine_chunks().dictionary_encode()
@@ -186,22 +188,32 @@ class _Index:
 
     def sample(self, index: int) -> Sample:
         """Raises `ShardError` that names the sample and its place, where its bytes are not those written."""
-        shard = self.shards[self.shard_of[index]]
-        offset, length = int(self.offsets[index]), int(self.lengths[index])
+        shard, offset = int(self.shard_of[index]), int(self.offsets[index])
         try:
-            data = os.pread(self._descriptor(int(self.shard_of[index])), length, offset)
-            if hashlib.sha256(data).hexdigest() != self.hashes[index].as_py():
-                raise ShardError(f"{len(data)} of {length} bytes, and not those that were written")
+            try:
+                data = self._read(index)
+            except ShardError:
+                if not self.files.mend(self.shards[shard]):
+                    raise
+                os.close(self._open.pop(shard))
+                data = self._read(index)
             return decode(data)
         except (OSError, ShardError) as error:
-            where = f"sample {self.keys[index].as_py()} at byte {offset} of {self.folder / shard}"
+            where = f"sample {self.keys[index].as_py()} at byte {offset} of {self.files}/{self.shards[shard]}"
             raise ShardError(f"{where}: {error}") from None
+
+    def _read(self, index: int) -> bytes:
+        length = int(self.lengths[index])
+        data = os.pread(self._descriptor(int(self.shard_of[index])), length, int(self.offsets[index]))
+        if hashlib.sha256(data).hexdigest() != self.hashes[index].as_py():
+            raise ShardError(f"{len(data)} of {length} bytes, and not those that were written")
+        return data
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
             while len(self._open) >= _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.folder / self.shards[shard], os.O_RDONLY)
+            self._open[shard] = self.files.open(self.shards[shard])
         self._open.move_to_end(shard)
         return self._open[shard]
 
@@ -231,9 +243,9 @@ def _holdings(version: DatasetVersion) -> str:
     return "; ".join(f"{split}: {counts}" for split, counts in version.card.counts.items())
 
 
-def _training_index(version: DatasetVersion, stream: Stream) -> _Index:
+def _training_index(version: DatasetVersion, stream: Stream, files: Shards) -> _Index:
     rows = _members(version, "train", stream)
-    return _Index(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]), version.shards_root)
+    return _Index(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]), files)
 
 
 def _read_all(index: _Index) -> Iterator[Sample]:

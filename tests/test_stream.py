@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -12,7 +14,9 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import fs
 
+from pipelines.cache import CachedShards, Shards
 from pipelines.catalog import DatasetVersion
 from pipelines.shards import ShardError
 from pipelines.stream import StreamError, decode, decode_image, read_samples, training_stream
@@ -37,6 +41,8 @@ def streamed(
     world_size: int = 1,
     position: int = 0,
     workers: int = 0,
+    ahead: int = 0,
+    shards: Shards | None = None,
     max_corrupt: int = 16,
 ) -> Iterator[Drawn]:
     return training_stream(
@@ -48,6 +54,8 @@ def streamed(
         world_size=world_size,
         position=position,
         workers=workers,
+        ahead=ahead,
+        shards=shards,
         make_batch=keys_and_seeds,
         max_corrupt=max_corrupt,
     )
@@ -168,6 +176,51 @@ def test_a_batch_of_which_nothing_is_left_is_passed_over(damaged: DatasetVersion
     for key, _ in whole[1][0]:
         flip_byte(damaged, key)
     assert list(islice(streamed(damaged), 2)) == [whole[0], whole[2]]
+
+
+def test_every_rank_draws_the_same_number_of_batches_whatever_is_corrupt(
+    damaged: DatasetVersion, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of batch 1 nothing is left on rank 0, of batch 2 nothing at all."""
+    whole = list(islice(streamed(damaged), 5))
+    lost = [key for key, _ in whole[1][0][:2] + whole[2][0]]
+    for key in lost:
+        flip_byte(damaged, key)
+    ranks = [list(islice(streamed(damaged, rank=rank, world_size=2), 4)) for rank in range(2)]
+    for rank in ranks:
+        assert [position for _, position in rank] == [4, 8, 16, 20]
+    assert ranks[0][1][0] == whole[1][0][2:3], "the first readable sample of the global batch stands in"
+    seen = {key for rank in ranks for batch, _ in rank for key, _ in batch}
+    assert seen == {key for batch, _ in whole for key, _ in batch} - set(lost)
+    resumed = list(islice(streamed(damaged, rank=0, world_size=2, position=4), 3))
+    assert resumed == ranks[0][1:]
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert all(key in told for key in lost)
+
+
+def test_a_thread_that_prepares_ahead_changes_nothing_and_ends(damaged: DatasetVersion) -> None:
+    alone = list(islice(streamed(damaged), 12))
+    ahead = streamed(damaged, ahead=2)
+    assert list(islice(ahead, 12)) == alone
+    ahead.close()  # type: ignore[attr-defined]
+    for key, _ in alone[1][0]:
+        flip_byte(damaged, key)
+    assert list(islice(streamed(damaged, ahead=3), 2)) == [alone[0], alone[2]]
+    with pytest.raises(StreamError, match="1 unreadable samples in a row"):
+        list(islice(streamed(damaged, ahead=3, max_corrupt=0), 2))
+    while any(thread.name.startswith("stream") for thread in threading.enumerate()):
+        time.sleep(0.01)
+
+
+def test_shards_come_by_way_of_a_cache_that_mends_itself(damaged: DatasetVersion, tmp_path: Path) -> None:
+    root, largest = damaged.shards_root, max(damaged.manifest["size_bytes"].to_pylist())
+    cached = CachedShards(fs.LocalFileSystem(), str(root), tmp_path / "cache", 2 * largest, damaged.manifest)
+    whole = list(islice(streamed(damaged), 12))
+    assert list(islice(streamed(damaged, shards=cached, workers=2), 12)) == whole
+    assert list(islice(streamed(damaged, shards=cached), 6)) == whole[:6]
+    for path in (tmp_path / "cache").glob("*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))
+    assert list(islice(streamed(damaged, shards=cached), 12)) == whole
 
 
 @pytest.mark.parametrize("workers", [0, 2])
