@@ -22,11 +22,11 @@ from xdecoder.prompts import Vocabulary
 from xdecoder.training.batch import Batch
 from xdecoder.training.trainer import StepReport, Trainer
 
-# loader processes, and batches that a thread prepares ahead
+# loader processes and threads
 WAYS = {
     "when asked": (0, 0),
-    "thread, 1 ahead": (0, 1),
-    "thread, 2 ahead": (0, 2),
+    "1 thread": (0, 1),
+    "2 threads": (0, 2),
     "1 process": (1, 0),
     "2 processes": (2, 0),
 }
@@ -47,7 +47,7 @@ def main() -> None:
     train = job.train.model_copy(update={"log_every": 10**9})
     trainer = Trainer(job.model, train, vocabulary)
 
-    def streams(workers: int, ahead: int) -> dict[Stream, Iterator[tuple[Batch, int]]]:
+    def streams(workers: int, threads: int) -> dict[Stream, Iterator[tuple[Batch, int]]]:
         return {
             stream: training_stream(
                 data,
@@ -57,7 +57,7 @@ def main() -> None:
                 rank=0,
                 world_size=1,
                 workers=workers,
-                ahead=ahead,
+                threads=threads,
                 make_batch=trainer.make_batch(stream),
             )
             for stream in trainer.streams

@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader [--rounds 5] [--samples 1024] [--batches 24] [--folder DIR] [--ways ours ...]
 
-480 x 640 JPEGs of about 100 KB with panoptic labels, batches of 32, two loader processes on two cores.
+480 x 640 JPEGs of about 100 KB with panoptic labels, batches of 32, two loaders on two cores.
 Every round gives each way its turn, in a process of its own that is timed after a warm-up; ratios are medians
 over the rounds. `/s` is by the clock; `/CPU s` divides by the processor time of the way's whole process tree,
 which depends less on what else the machine does.
@@ -10,8 +10,9 @@ which depends less on what else the machine does.
 What is delivered differs in one point that is ours to choose: others read the RGB panoptic PNG as COCO has
 it ("panoptic"), we the index map that our shards hold; "index map" is the same comparison with our index
 maps given to all. Ours checks the hash of every sample, shuffles, and could resume anywhere; the others
-neither shuffle nor check here. They decode with Pillow and are given torch's own collation into shared
-memory. LitData and MosaicML pin older libraries, so they live in an environment that is made in the folder.
+neither shuffle nor check here. Our loaders are threads ("ours") or processes ("processes"), theirs are
+processes; they decode with Pillow and are given torch's own collation into shared memory. LitData and
+MosaicML pin older libraries, so they live in an environment that is made in the folder.
 """
 
 import argparse
@@ -143,7 +144,7 @@ def table(rows: list[Any]) -> Any:
     return pa.Table.from_pylist([sample_row(m, e, shard) for shard, e, m in rows], schema=SAMPLES)
 
 
-def ours(folder: Path, content: str, batch: int, workers: int) -> Iterable[Any]:
+def ours(folder: Path, content: str, batch: int, loaders: int, kind: str = "threads") -> Iterable[Any]:
     import pyarrow.parquet as pq
 
     from pipelines.catalog import Counts, DatasetCard, DatasetVersion
@@ -180,9 +181,13 @@ def ours(folder: Path, content: str, batch: int, workers: int) -> Iterable[Any]:
         global_batch=batch,
         rank=0,
         world_size=1,
-        workers=workers,
         make_batch=stacked,
+        **{kind: loaders},
     )
+
+
+def ours_processes(folder: Path, content: str, batch: int, workers: int) -> Iterable[Any]:
+    return ours(folder, content, batch, workers, "workers")
 
 
 def stacked(samples: list[Any], seeds: list[int]) -> list[Any]:
@@ -208,6 +213,7 @@ def decoded(sample: dict[str, Any], content: str) -> list[Any]:
 def write_webdataset(folder: Path, samples: int) -> None:
     import webdataset as wds
 
+    (folder / "webdataset").mkdir()
     with wds.ShardWriter(f"{folder}/webdataset/%04d.tar", maxcount=128, verbose=0) as sink:
         for number, sample in enumerate(records(folder, samples)):
             sink.write({"__key__": f"{number:06}", **sample})
@@ -230,6 +236,7 @@ def webdataset(folder: Path, content: str, batch: int, workers: int) -> Iterable
 def write_litdata(folder: Path, samples: int) -> None:
     from litdata.streaming.writer import BinaryWriter
 
+    (folder / "litdata").mkdir()
     writer = BinaryWriter(str(folder / "litdata"), chunk_bytes="16MB")
     for number, sample in enumerate(records(folder, samples)):
         writer[number] = sample
@@ -271,6 +278,7 @@ def mosaicml(folder: Path, content: str, batch: int, workers: int) -> Iterable[A
 Read = Callable[[Path, str, int, int], Iterable[Any]]
 WAYS: dict[str, tuple[Callable[[Path, int], None], Read]] = {
     "ours": (write_ours, ours),
+    "processes": (write_ours, ours_processes),
     "webdataset": (write_webdataset, webdataset),
     "litdata": (write_litdata, litdata),
     "mosaicml": (write_mosaicml, mosaicml),
@@ -350,10 +358,10 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
         write_files(folder / "files")
     size = ["--folder", str(folder), "--samples", str(arguments.samples)]
     for way, python in pythons.items():
-        if not any(folder.glob(f"{way}*")):
-            if way != "ours":
-                (folder / way).mkdir()
+        written = folder / f"{WAYS[way][0].__name__}.done"
+        if not written.exists():
             child(python, "--write", way, *size)
+            written.touch()
     for content in arguments.contents:
         seen: dict[str, list[dict[str, float]]] = {way: [] for way in pythons}
         for _ in range(arguments.rounds):

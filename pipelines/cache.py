@@ -1,6 +1,10 @@
-"""Shards of a remote store, kept on local disk: up to a size, the least recently used go first.
+"""Where the bytes of shards are read: on this machine, in a remote store, or by way of a cache of it.
 
-Several processes of one machine share a folder without a server: whoever needs a shard first fetches it and
+`RemoteShards` asks the store for the byte range of each sample: what a training reads is fetched once by all
+machines, a request a sample. `CachedShards` keeps whole shards on local disk, up to a size, the least
+recently used go first: a request a shard, but every machine fetches every shard that its ranks read from.
+
+Several processes of one machine share a cache without a server: whoever needs a shard first fetches it and
 the others wait for it; a shard appears whole, after its hash was compared, or not at all; whatever kills a
 process, the next one goes on. What is deleted while a process reads it stays readable for that process.
 """
@@ -9,10 +13,12 @@ import fcntl
 import hashlib
 import logging
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,6 +28,7 @@ from pipelines.shards import file_sha256
 
 log = logging.getLogger(__name__)
 
+_OPEN_FILES = 32
 _CHUNK = 2**22  # bytes; chosen by us
 _TRIES = 2  # of a fetch whose bytes are wrong
 _PART = ".part"  # of a shard that is being fetched; its lock, too
@@ -32,13 +39,13 @@ class CacheError(OSError):
 
 
 class Shards(Protocol):
-    """Where a stream gets the files of its shards."""
+    """Where a stream reads its shards, from several threads; goes to loader processes."""
 
-    def open(self, name: str) -> int:
-        """A descriptor to read from. Raises `OSError`."""
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """`length` bytes of a shard, fewer where it ends. Raises `OSError`."""
 
     def mend(self, name: str) -> bool:
-        """After bytes that are not those written: whether `open` will now give others."""
+        """After bytes that are not those written: whether reading them again may give others."""
 
 
 class LocalShards:
@@ -46,18 +53,63 @@ class LocalShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.__setstate__({})
 
-    def open(self, name: str) -> int:
-        return os.open(self.folder / name, os.O_RDONLY)
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        file = self._open.get(name) or _File(self._descriptor(name))
+        with self._lock:
+            self._open[name] = file
+            self._open.move_to_end(name)
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        return os.pread(file.descriptor, length, offset)
 
     def mend(self, name: str) -> bool:
         return False
+
+    def _descriptor(self, name: str) -> int:
+        return os.open(self.folder / name, os.O_RDONLY)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open: OrderedDict[str, _File] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __str__(self) -> str:
         return str(self.folder)
 
 
-class CachedShards:
+class _File:
+    """An open file, which closes when the last thread that reads from it has done so."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class RemoteShards:
+    """Shards under `root` of a file system that is asked for the range of each sample."""
+
+    def __init__(self, remote: fs.FileSystem, root: str) -> None:
+        self.remote, self.root = remote, root
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        with self.remote.open_input_file(f"{self.root}/{name}") as file:
+            return bytes(file.read_at(length, offset))
+
+    def mend(self, name: str) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return self.root
+
+
+class CachedShards(LocalShards):
     """Shards under `root` of a remote file system, by way of `folder`.
 
     manifest      rows of schemas.records.MANIFEST: what size and hash each shard must have
@@ -68,17 +120,18 @@ class CachedShards:
     def __init__(
         self, remote: fs.FileSystem, root: str, folder: Path, limit_bytes: int, manifest: pa.Table
     ) -> None:
+        super().__init__(folder)
         largest = pc.max(manifest["size_bytes"]).as_py() or 0
         if largest > limit_bytes:
             raise ValueError(
                 f"the cache may hold {limit_bytes} bytes, a shard has {largest}: raise train.cache_gb"
             )
-        self.remote, self.root, self.folder = remote, root, folder
+        self.remote, self.root = remote, root
         self.limit_bytes, self.manifest = limit_bytes, manifest
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
 
-    def open(self, name: str) -> int:
+    def _descriptor(self, name: str) -> int:
         while True:
             try:
                 descriptor = os.open(self.folder / name, os.O_RDONLY)
@@ -96,10 +149,11 @@ class CachedShards:
         try:
             if file_sha256(path) == self._wanted(name)[1]:
                 return False
+            log.warning("%s was damaged on this disk and is fetched again", path)
+            path.unlink()
         except FileNotFoundError:
-            return True
-        log.warning("%s was damaged on this disk and is fetched again", path)
-        path.unlink(missing_ok=True)
+            log.debug("%s is gone already", path)
+        self._open.pop(name, None)
         return True
 
     def _wanted(self, name: str) -> tuple[int, str]:

@@ -184,6 +184,11 @@ def rank_slice(global_batch: int, rank: int, world_size: int) -> slice:
     return slice(rank * share, (rank + 1) * share)
 
 
+def dataset_seed(seed: int, number: int) -> int:
+    """The seed of one dataset of a mixture, so that two of equal sizes do not move in step."""
+    return seed + (number << 32)
+
+
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """The seed of a sample's augmentation in an epoch, in [0, 2^63): equal on any rank, worker and resume."""
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -8,13 +8,12 @@ of the samples is `make_batch`'s business; augmentation is not done here.
 import hashlib
 import io
 import logging
-import os
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -28,7 +27,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from pipelines.cache import LocalShards, Shards
 from pipelines.catalog import DatasetVersion
-from pipelines.order import Order, rank_slice, sample_seed
+from pipelines.order import Mixture, Order, dataset_seed, rank_slice, sample_seed
 from pipelines.shards import ShardError, parse
 from schemas.masks import Array
 from schemas.records import Sample, Split
@@ -38,7 +37,19 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MakeBatch = Callable[[list[Sample], list[int]], T]
-_OPEN_FILES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """A dataset of several that a stream draws from.
+
+    weight    in any unit, beside those of the others
+    shards    where its files are; those of the version's own folder
+    """
+
+    version: DatasetVersion
+    weight: float = 1.0
+    shards: Shards | None = None
 
 
 class StreamError(RuntimeError):
@@ -46,7 +57,7 @@ class StreamError(RuntimeError):
 
 
 def training_stream(
-    version: DatasetVersion,
+    datasets: DatasetVersion | Sequence[Weighted],
     *,
     stream: Stream,
     seed: int,
@@ -55,19 +66,20 @@ def training_stream(
     world_size: int,
     position: int = 0,
     workers: int = 0,
-    ahead: int = 0,
-    shards: Shards | None = None,
+    threads: int = 0,
     make_batch: MakeBatch[T],
     max_corrupt: int = 16,
 ) -> Iterator[tuple[T, int]]:
     """This rank's share of every global batch, for ever: (batch, position of the whole stream after it).
 
+    datasets      one, or several that take turns by weight, each going on through epochs of its own
     stream        training samples with segments or phrases ("segmentation"), with captions or questions
                   ("image_text"); a sample may be in both
     position      samples taken by all ranks so far; the sequence from there on depends on nothing else
-    workers       decoding processes; 0 decodes in this one. The batches are the same for any number
-    ahead         batches that a thread prepares ahead where there are no workers; 0 prepares them when asked
-    shards        where the files are; those of the version's own folder
+    workers       processes that prepare batches, or
+    threads       threads of this process that do: nothing is copied between processes, and decoding lets
+                  Python's lock go. With neither, a batch is prepared when it is asked for. Each prepares two
+                  ahead; the batches are the same for any number
     make_batch    samples and a seed for each, a pure function of (seed, epoch, sample), -> batch
     max_corrupt   consecutive unreadable samples that are skipped and logged; their batches are shorter. Every
                   rank draws the same number of batches: a global batch of which nothing is left is passed
@@ -76,24 +88,25 @@ def training_stream(
     Raises `ValueError` at the call where the stream would be empty or the batch does not divide among the
     ranks, `StreamError` from the iterator where more than `max_corrupt` samples in a row are unreadable.
     """
-    index = _training_index(version, stream, shards or LocalShards(version.shards_root))
+    mixed = [Weighted(version=datasets)] if isinstance(datasets, DatasetVersion) else datasets
+    indices = tuple(_training_index(one, stream) for one in mixed)
+    orders = [Order(index.sizes, dataset_seed(seed, number)) for number, index in enumerate(indices)]
     plan = _Plan(
-        index=index,
-        order=Order(index.sizes, seed),
+        indices=indices,
+        mixture=Mixture(orders, [one.weight for one in mixed], seed),
         global_batch=global_batch,
         share=rank_slice(global_batch, rank, world_size),
     )
-    plan.draw(position, 1)  # an empty stream is refused here
-    pipeline = wds.DataPipeline(
-        partial(_requests, global_batch, position), partial(_fetch, plan), partial(_collate, make_batch)
-    )
+    plan.draw(position, 1)  # an empty stream and an impossible position are refused here
+    draw = partial(_draw, plan, make_batch)
+    pipeline = wds.DataPipeline(partial(_starts, global_batch, position), partial(map, draw))
     batches: Iterable[_Drawn[T]] = pipeline
     if workers:
         # a loader without its own generator would draw its seed from the one that the training uses
         own = torch.Generator()
         batches = wds.WebLoader(pipeline, batch_size=None, num_workers=workers, generator=own)
-    elif ahead:
-        batches = _prepared(iter(pipeline), ahead)
+    elif threads:
+        batches = _in_threads(draw, _starts(global_batch, position), threads)
     return _without_corrupt(batches, stream, max_corrupt)
 
 
@@ -148,18 +161,6 @@ class _Read:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Fetched:
-    """A rank's share of a global batch; `stand_in` where nothing of the share is readable, but of others' is.
-
-    position    of the whole stream after the batch
-    """
-
-    share: list[_Read]
-    stand_in: _Read | None
-    position: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Drawn(Generic[T]):
     """`batch` is None where no sample was readable; `readable` tells of each sample, in order."""
 
@@ -170,7 +171,7 @@ class _Drawn(Generic[T]):
 
 
 class _Index:
-    """Where samples lie, and reading them. Small enough for loader processes, which open files themselves.
+    """Where samples lie, and reading them. Small enough for loader processes.
 
     sizes     samples of each shard; a sample's index counts through them
     """
@@ -184,45 +185,28 @@ class _Index:
         self.shard_of = shards.indices.to_numpy()
         self.offsets, self.lengths = rows["offset"].to_numpy(), rows["size_bytes"].to_numpy()
         self.sizes: tuple[int, ...] = tuple(np.bincount(self.shard_of, minlength=len(self.shards)).tolist())
-        self._open: OrderedDict[int, int] = OrderedDict()
 
     def sample(self, index: int) -> Sample:
         """Raises `ShardError` that names the sample and its place, where its bytes are not those written."""
-        shard, offset = int(self.shard_of[index]), int(self.offsets[index])
+        shard, offset = self.shards[self.shard_of[index]], int(self.offsets[index])
         try:
             try:
                 data = self._read(index)
             except ShardError:
-                if not self.files.mend(self.shards[shard]):
+                if not self.files.mend(shard):
                     raise
-                os.close(self._open.pop(shard))
                 data = self._read(index)
             return decode(data)
         except (OSError, ShardError) as error:
-            where = f"sample {self.keys[index].as_py()} at byte {offset} of {self.files}/{self.shards[shard]}"
+            where = f"sample {self.keys[index].as_py()} at byte {offset} of {self.files}/{shard}"
             raise ShardError(f"{where}: {error}") from None
 
     def _read(self, index: int) -> bytes:
         length = int(self.lengths[index])
-        data = os.pread(self._descriptor(int(self.shard_of[index])), length, int(self.offsets[index]))
+        data = self.files.read(self.shards[self.shard_of[index]], int(self.offsets[index]), length)
         if hashlib.sha256(data).hexdigest() != self.hashes[index].as_py():
             raise ShardError(f"{len(data)} of {length} bytes, and not those that were written")
         return data
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            while len(self._open) >= _OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = self.files.open(self.shards[shard])
-        self._open.move_to_end(shard)
-        return self._open[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_open": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
 
 
 def _members(version: DatasetVersion, split: Split, stream: Stream) -> pa.Table:
@@ -243,8 +227,9 @@ def _holdings(version: DatasetVersion) -> str:
     return "; ".join(f"{split}: {counts}" for split, counts in version.card.counts.items())
 
 
-def _training_index(version: DatasetVersion, stream: Stream, files: Shards) -> _Index:
-    rows = _members(version, "train", stream)
+def _training_index(one: Weighted, stream: Stream) -> _Index:
+    rows = _members(one.version, "train", stream)
+    files = one.shards or LocalShards(one.version.shards_root)
     return _Index(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]), files)
 
 
@@ -258,41 +243,30 @@ def _read_all(index: _Index) -> Iterator[Sample]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What a rank draws: its share of every `global_batch` samples of the order."""
+    """What a rank draws: its share of every `global_batch` samples of the mixture."""
 
-    index: _Index
-    order: Order
+    indices: tuple[_Index, ...]
+    mixture: Mixture
     global_batch: int
     share: slice
 
-    def draw(self, start: int, count: int) -> list[tuple[int, int]]:
-        """Index and seed of the samples at `start` .. `start + count - 1` of the whole stream."""
-        epochs, indices = self.order.positions(start, count)
-        seed = self.order.seed
-        return [(i, sample_seed(seed, e, i)) for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)]
+    def draw(self, start: int, count: int) -> list[tuple[_Index, int, int]]:
+        """Dataset, index and seed of the samples at `start` .. `start + count - 1` of the whole stream."""
+        drawn = (column.tolist() for column in self.mixture.positions(start, count))
+        return [
+            (self.indices[number], i, sample_seed(self.mixture.orders[number].seed, epoch, i))
+            for number, epoch, i in zip(*drawn, strict=True)
+        ]
 
     def read(self, start: int, count: int) -> Iterator[_Read]:
-        for index, seed in self.draw(start, count):
+        for dataset, index, seed in self.draw(start, count):
             try:
-                yield _Read(sample=self.index.sample(index), seed=seed)
+                yield _Read(sample=dataset.sample(index), seed=seed)
             except ShardError as error:
                 yield _Read(sample=None, seed=seed, fault=str(error))
 
-    def fetch(self, start: int) -> _Fetched:
-        """This rank's share of the global batch that begins at `start`.
 
-        Where nothing of it is readable, all ranks look at the same global batch, so without a word between
-        them they agree whether it is passed over.
-        """
-        share = list(self.read(start + self.share.start, self.share.stop - self.share.start))
-        stand_in = None
-        if all(read.sample is None for read in share):
-            others = self.read(start, self.global_batch)
-            stand_in = next((read for read in others if read.sample is not None), None)
-        return _Fetched(share=share, stand_in=stand_in, position=start + self.global_batch)
-
-
-def _requests(global_batch: int, position: int) -> Iterator[int]:
+def _starts(global_batch: int, position: int) -> Iterator[int]:
     """Where global batches begin; in loader process w of n: w, w + n ..., so that turns restore the order."""
     worker = get_worker_info()
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -300,32 +274,34 @@ def _requests(global_batch: int, position: int) -> Iterator[int]:
         yield position + batch * global_batch
 
 
-def _fetch(plan: _Plan, starts: Iterator[int]) -> Iterator[_Fetched]:
-    for start in starts:
-        yield plan.fetch(start)
+def _draw(plan: _Plan, make_batch: MakeBatch[T], start: int) -> _Drawn[T]:
+    """This rank's share of the global batch that begins at `start`.
+
+    Where nothing of it is readable, all ranks look at the same global batch, so without a word between them
+    they agree whether it is passed over.
+    """
+    share = list(plan.read(start + plan.share.start, plan.share.stop - plan.share.start))
+    readable = [(read.sample, read.seed) for read in share if read.sample is not None]
+    if not readable:
+        everything = plan.read(start, plan.global_batch)
+        found = ((read.sample, read.seed) for read in everything if read.sample is not None)
+        readable = list(islice(found, 1))
+    return _Drawn(
+        batch=make_batch([s for s, _ in readable], [seed for _, seed in readable]) if readable else None,
+        readable=[read.sample is not None for read in share],
+        faults=[read.fault for read in share if read.fault],
+        position=start + plan.global_batch,
+    )
 
 
-def _collate(make_batch: MakeBatch[T], fetched: Iterator[_Fetched]) -> Iterator[_Drawn[T]]:
-    for one in fetched:
-        reads = [one.stand_in] if one.stand_in else one.share
-        readable = [(read.sample, read.seed) for read in reads if read.sample is not None]
-        batch = make_batch([s for s, _ in readable], [seed for _, seed in readable]) if readable else None
-        yield _Drawn(
-            batch=batch,
-            readable=[read.sample is not None for read in one.share],
-            faults=[read.fault for read in one.share if read.fault],
-            position=one.position,
-        )
-
-
-def _prepared(batches: Iterator[T], ahead: int) -> Iterator[T]:
-    """The same batches in the same order, of which a thread prepares up to `ahead` beforehand."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream")
+def _in_threads(draw: Callable[[int], _Drawn[T]], starts: Iterator[int], threads: int) -> Iterator[_Drawn[T]]:
+    """The same batches in the same order."""
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="stream")
     try:
-        waiting = deque(pool.submit(next, batches) for _ in range(ahead))
-        while True:
+        waiting = deque(pool.submit(draw, start) for start in islice(starts, 2 * threads))
+        for start in starts:
             batch = waiting.popleft().result()
-            waiting.append(pool.submit(next, batches))
+            waiting.append(pool.submit(draw, start))
             yield batch
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

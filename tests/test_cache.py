@@ -1,15 +1,15 @@
 """Laws of the shard cache: whole or absent, within its size, oldest out first, and shared by processes."""
 
+import copy
 import hashlib
 import multiprocessing
-import os
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pyarrow import fs
 
-from pipelines.cache import CachedShards, CacheError
+from pipelines.cache import CachedShards, CacheError, RemoteShards
 from schemas.records import MANIFEST
 
 SIZE = 1000
@@ -39,11 +39,8 @@ def cached(remote: Path, shards: int = 3) -> CachedShards:
 
 
 def content(shards: CachedShards, name: str) -> bytes:
-    descriptor = shards.open(name)
-    try:
-        return os.pread(descriptor, 2 * SIZE, 0)
-    finally:
-        os.close(descriptor)
+    """As another process would read it."""
+    return copy.copy(shards).read(name, 0, 2 * SIZE)
 
 
 def kept(shards: CachedShards) -> set[str]:
@@ -59,32 +56,40 @@ def test_a_shard_is_fetched_once(remote: Path) -> None:
 
 def test_the_least_recently_used_goes_first_and_stays_readable_for_who_reads_it(remote: Path) -> None:
     shards = cached(remote)
-    held = shards.open(NAMES[1])
+    content(shards, NAMES[1])
+    assert shards.read(NAMES[1], 0, 1) == bytes([1])
     for name in (NAMES[0], NAMES[2], NAMES[0], NAMES[3]):
         content(shards, name)
     assert kept(shards) == {NAMES[2], NAMES[0], NAMES[3]}
-    assert os.pread(held, SIZE, 0) == bytes([1]) * SIZE
-    os.close(held)
+    assert shards.read(NAMES[1], SIZE - 1, SIZE) == bytes([1])
 
 
 def test_other_bytes_than_those_written_are_refused_and_leave_nothing(remote: Path) -> None:
     (remote / NAMES[0]).write_bytes(b"x" * SIZE)
     shards = cached(remote)
     with pytest.raises(CacheError, match=r"0\.tar has the hash"):
-        shards.open(NAMES[0])
+        shards.read(NAMES[0], 0, 1)
     (remote / NAMES[1]).unlink()
     with pytest.raises(CacheError, match=r"1\.tar cannot be fetched"):
-        shards.open(NAMES[1])
+        shards.read(NAMES[1], 0, 1)
     assert kept(shards) == set()
 
 
 def test_damage_on_this_disk_is_mended_and_other_damage_is_not(remote: Path) -> None:
     shards = cached(remote)
-    content(shards, NAMES[0])
+    shards.read(NAMES[0], 0, SIZE)
     assert not shards.mend(NAMES[0])
     (shards.folder / NAMES[0]).write_bytes(b"x" * SIZE)
+    assert shards.read(NAMES[0], 0, SIZE) == b"x" * SIZE
     assert shards.mend(NAMES[0])
-    assert content(shards, NAMES[0]) == bytes(SIZE)
+    assert shards.read(NAMES[0], 0, SIZE) == bytes(SIZE)
+
+
+def test_a_range_is_read_where_it_lies(remote: Path) -> None:
+    shards = RemoteShards(fs.LocalFileSystem(), str(remote))
+    assert shards.read(NAMES[3], SIZE - 2, 5) == bytes([3]) * 2
+    with pytest.raises(FileNotFoundError):
+        shards.read("absent.tar", 0, 1)
 
 
 def test_what_a_killed_process_left_is_taken_over_or_deleted(remote: Path) -> None:
