@@ -41,6 +41,7 @@ PLACEMENT = {
     "cpus_per_worker",
     "use_gpu",
     "loader_workers",
+    "loader_threads",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",

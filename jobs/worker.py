@@ -74,6 +74,7 @@ def _train(trainer: Trainer, duty: Duty) -> None:
             world_size=trainer.world_size,
             position=trainer.positions[stream],
             workers=train.loader_workers,
+            threads=train.loader_threads,
             make_batch=trainer.make_batch(stream),
         )
         for stream in trainer.streams

@@ -42,7 +42,7 @@ class Order:
         self.total = int(self.sizes.sum())
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         # every batch asks for the window it lies in, and the one at a boundary for both
-        self._shards = lru_cache(maxsize=2)(self._draw_shards)
+        self.shards = lru_cache(maxsize=2)(self._draw_shards)
         self._order = lru_cache(maxsize=4)(self._draw_order)
 
     def positions(self, start: int, count: int) -> tuple[Int64, Int64]:
@@ -57,7 +57,7 @@ class Order:
         done = 0
         while done < count:
             epoch = int(epochs[done])
-            ends = self._shards(epoch)[1]
+            _, ends = self.shards(epoch)
             number = int(np.searchsorted(ends, within[done], side="right"))
             order = self._order(epoch, number)
             first = int(within[done]) - (int(ends[number]) - len(order))
@@ -74,7 +74,7 @@ class Order:
 
     def _draw_order(self, epoch: int, number: int) -> Int64:
         """The samples of one window in order."""
-        chosen = self._shards(epoch)[0][number * self.window : (number + 1) * self.window]
+        chosen = self.shards(epoch)[0][number * self.window : (number + 1) * self.window]
         samples = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in chosen])
         return self._generator(epoch, number).permutation(samples)
 

@@ -350,7 +350,10 @@ class TrainConfig(Settings):
         default=0, description="0 shares the cluster's CPUs among the workers"
     )
     use_gpu: bool = False
-    loader_workers: NonNegative = Field(default=0, description="decoding processes of each rank")
+    loader_workers: NonNegative = Field(default=0, description="processes of each rank that prepare batches")
+    loader_threads: NonNegative = Field(
+        default=0, description="threads of each rank that prepare batches, in the place of processes"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     tasks: tuple[Task, ...] = TASKS
     task_sampling: tuple[Fraction, Fraction, Fraction] = Field(
@@ -379,6 +382,8 @@ class TrainConfig(Settings):
                 raise ValueError(f"batch.{what} {size} cannot be divided by {self.num_workers} workers")
         if self.loss.matching == "fixed" and {"instance", "panoptic"} & set(self.tasks):
             raise ValueError("loss.matching=fixed has one latent a class: leave instance and panoptic out")
+        if self.loader_workers and self.loader_threads:
+            raise ValueError("loader_workers and loader_threads are alternatives: set one of them to 0")
         if abs(sum(self.task_sampling) - 1) > 1e-6:
             raise ValueError(f"task_sampling {self.task_sampling} must sum to 1")
         return self
