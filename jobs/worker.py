@@ -10,7 +10,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from jobs import console, journal
+from jobs import console, journal, mixing
 from pipelines.catalog import Catalog
 from pipelines.stream import training_stream
 from schemas.jobs import PretrainJob
@@ -66,7 +66,7 @@ def _train(trainer: Trainer, duty: Duty) -> None:
     data = Catalog(duty.store, duty.job.dataset.name).open(duty.version)
     streams = {
         stream: training_stream(
-            data,
+            mixing.sources(duty.job, duty.store, data, stream),
             stream=stream,
             seed=train.seed,
             global_batch=getattr(train.batch, stream),
