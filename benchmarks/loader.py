@@ -299,8 +299,6 @@ def turn(folder: Path, way: str, content: str, batch: int, workers: int, batches
     """Samples per second by the clock and by processor time, of `batches` batches after the warm-up."""
     import psutil
 
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    os.sched_setaffinity(0, cores)
     drawn = iter(WAYS[way][1](folder, content, batch, workers))
     for _ in range(WARM_UP):
         next(drawn)
@@ -397,6 +395,7 @@ def main() -> None:
         WAYS[arguments.write][0](arguments.folder, arguments.samples)
     elif arguments.turn:
         (content,) = arguments.contents
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
         print(json.dumps(turn(arguments.folder, arguments.turn, content, 32, 2, arguments.batches)))
     elif arguments.folder:
         arguments.folder.mkdir(parents=True, exist_ok=True)
