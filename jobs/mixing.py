@@ -1,17 +1,22 @@
-"""The dataset versions that a training draws from: pinned, joined, handed to its streams."""
+"""What a training draws from: its dataset versions, pinned and joined, and the streams over them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
 from pipelines.cache import CachedShards, Shards
 from pipelines.catalog import Catalog, DatasetVersion
-from pipelines.stream import Weighted
+from pipelines.foreign import foreign_stream
+from pipelines.stream import MakeBatch, Weighted, training_stream
 from schemas.jobs import PretrainJob
 from schemas.tasks import Stream
+
+T = TypeVar("T")
 
 
 def pinned(job: PretrainJob, store: Path) -> PretrainJob:
@@ -41,6 +46,34 @@ def joined(job: PretrainJob, store: Path, data: DatasetVersion) -> DatasetVersio
     answers = dict.fromkeys(answer for version in versions for answer in version.card.answers)
     card = data.card.model_copy(update={"taxonomies": taxonomies, "answers": tuple(answers)})
     return replace(data, card=card, samples=pa.concat_tables(v.samples for v in versions))
+
+
+def open_stream(
+    job: PretrainJob,
+    store: Path,
+    data: DatasetVersion,
+    stream: Stream,
+    *,
+    rank: int,
+    world_size: int,
+    position: int,
+    make_batch: MakeBatch[T],
+) -> Iterator[tuple[T, int]]:
+    """What one rank draws of a stream, from `position` on. Raises as `training_stream` does."""
+    train = job.train
+    place = {"rank": rank, "world_size": world_size, "position": position, "seed": train.seed}
+    place["global_batch"] = getattr(train.batch, stream)
+    if pattern := train.tars.get(stream):
+        tars = sorted(Path(path) for path in glob(str(store / pattern)))
+        return foreign_stream(tars, make_batch=make_batch, **place)
+    return training_stream(
+        sources(job, store, data, stream),
+        stream=stream,
+        workers=train.loader_workers,
+        threads=train.loader_threads,
+        make_batch=make_batch,
+        **place,
+    )
 
 
 def sources(job: PretrainJob, store: Path, data: DatasetVersion, stream: Stream) -> list[Weighted]:

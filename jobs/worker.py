@@ -12,7 +12,6 @@ import torch
 
 from jobs import console, journal, mixing
 from pipelines.catalog import Catalog
-from pipelines.stream import training_stream
 from schemas.jobs import PretrainJob
 from xdecoder.prompts import Vocabulary
 from xdecoder.training import checkpoint
@@ -65,16 +64,14 @@ def _train(trainer: Trainer, duty: Duty) -> None:
     train = duty.job.train
     data = Catalog(duty.store, duty.job.dataset.name).open(duty.version)
     streams = {
-        stream: training_stream(
-            mixing.sources(duty.job, duty.store, data, stream),
-            stream=stream,
-            seed=train.seed,
-            global_batch=getattr(train.batch, stream),
+        stream: mixing.open_stream(
+            duty.job,
+            duty.store,
+            data,
+            stream,
             rank=trainer.rank,
             world_size=trainer.world_size,
             position=trainer.positions[stream],
-            workers=train.loader_workers,
-            threads=train.loader_threads,
             make_batch=trainer.make_batch(stream),
         )
         for stream in trainer.streams

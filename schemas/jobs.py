@@ -362,6 +362,11 @@ class TrainConfig(Settings):
     loader_threads: NonNegative = Field(
         default=0, description="threads of each rank that prepare batches, in the place of processes"
     )
+    tars: dict[Literal["image_text"], str] = Field(
+        default={},
+        description="glob, relative to the store, of tars of others (pictures with .txt captions) to draw from "
+        "in the place of a dataset; they have no index, so neither exactly-once nor exact resume",
+    )
     cache: str = Field(
         default="",
         description="folder on each machine that keeps shards of a store far away; empty reads them there",

@@ -5,17 +5,22 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from test_foreign import tar
 
 from jobs import mixing
 from pipelines.catalog import Catalog, DatasetVersion
-from pipelines.stream import training_stream
 from schemas.jobs import JobFileError, PretrainJob, validate
+from schemas.records import Sample
 from schemas.taxonomy import Category, Taxonomy
 
 MIXED = {
     "kind": "pretrain",
     "datasets": {"segmentation": [{"name": "demo", "weight": 3}, {"name": "more", "weight": 1}]},
 }
+
+
+def keys(samples: list[Sample], seeds: list[int]) -> list[str]:
+    return [sample.key for sample in samples]
 
 
 def job_of(**settings: object) -> PretrainJob:
@@ -72,21 +77,27 @@ def test_each_stream_draws_from_its_own_datasets_through_the_cache(store: Path) 
     assert [w.version.id for w in mixing.sources(plain, store, demo, "image_text")] == [demo.id]
 
     def drawn(job: PretrainJob) -> list[list[str]]:
-        stream = training_stream(
-            mixing.sources(job, store, demo, "segmentation"),
-            stream="segmentation",
-            seed=0,
-            global_batch=4,
-            rank=0,
-            world_size=1,
-            make_batch=lambda samples, seeds: [sample.key for sample in samples],
+        stream = mixing.open_stream(
+            job, store, demo, "segmentation", rank=0, world_size=1, position=0, make_batch=keys
         )
-        return [keys for keys, _ in islice(stream, 6)]
+        return [batch for batch, _ in islice(stream, 6)]
 
     assert drawn(plain) == drawn(cached)
     assert list((store / "cache").glob("*.tar"))
     with pytest.raises(ValueError, match="raise train.cache_gb"):
         mixing.sources(job_of(train={"cache": str(store), "cache_gb": 1e-9}), store, demo, "segmentation")
+
+
+def test_tars_of_others_take_the_place_of_a_dataset(
+    store: Path, demo_dataset: DatasetVersion, caplog: pytest.LogCaptureFixture
+) -> None:
+    tar(store / "theirs.tar", ["a", "b", "c"])
+    job = job_of(train={"tars": {"image_text": "their*.tar"}, "batch": {"image_text": 2}})
+    stream = mixing.open_stream(
+        job, store, demo_dataset, "image_text", rank=0, world_size=1, position=4, make_batch=keys
+    )
+    assert {key for batch, _ in islice(stream, 3) for key in batch} == {"a", "b", "c"}
+    assert "without an index" in caplog.text
 
 
 def test_impossible_settings_are_refused() -> None:
