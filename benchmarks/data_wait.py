@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("store"))
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10, help="of each way in a round")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is the peer")
+    parser.add_argument("--threads", type=int, default=2, help="of the training")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     job = load("jobs/pretrain.yaml")
@@ -64,8 +65,8 @@ def main() -> None:
         }
 
     reports: list[StepReport] = []
-    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
-    kept = {name: streams(*way) for name, way in WAYS.items()}
+    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in arguments.ways}
+    kept = {name: streams(*WAYS[name]) for name in arguments.ways}
     for number in range(arguments.rounds + 1):  # the first is to warm up
         for name, drawn in kept.items():
             trainer.fit(drawn, until=trainer.step + arguments.steps, on_log=reports.append)
@@ -75,10 +76,10 @@ def main() -> None:
     for name, row in rows.items():
         waited, step = (statistics.median(column) for column in zip(*row, strict=True))
         share = statistics.median(w / s for w, s in row)
-        slower = statistics.median(s / p for (_, s), (_, p) in zip(row, rows["when asked"], strict=True))
+        slower = statistics.median(s / p for (_, s), (_, p) in zip(row, rows[arguments.ways[0]], strict=True))
         print(
             f"{name:16} waits {1e3 * waited:5.1f} ms of {1e3 * step:6.1f} ms, {share:6.2%}; "
-            f"step {slower:.3f} x when asked"
+            f"step {slower:.3f} x {arguments.ways[0]}"
         )
 
 

@@ -360,12 +360,12 @@ class TrainConfig(Settings):
     use_gpu: bool = False
     loader_workers: NonNegative = Field(default=0, description="processes of each rank that prepare batches")
     loader_threads: NonNegative = Field(
-        default=0, description="threads of each rank that prepare batches, in the place of processes"
+        default=0, description="threads of each rank that prepare batches where loader_workers is 0"
     )
     tars: dict[Literal["image_text"], str] = Field(
         default={},
-        description="glob, relative to the store, of tars of others (pictures with .txt captions) to draw from "
-        "in the place of a dataset; they have no index, so neither exactly-once nor exact resume",
+        description="glob, relative to the store, of tars of others (pictures with .txt captions) that take "
+        "the place of a dataset; without an index they have neither exactly-once nor exact resume",
     )
     cache: str = Field(
         default="",
@@ -400,8 +400,6 @@ class TrainConfig(Settings):
                 raise ValueError(f"batch.{what} {size} cannot be divided by {self.num_workers} workers")
         if self.loss.matching == "fixed" and {"instance", "panoptic"} & set(self.tasks):
             raise ValueError("loss.matching=fixed has one latent a class: leave instance and panoptic out")
-        if self.loader_workers and self.loader_threads:
-            raise ValueError("loader_workers and loader_threads are alternatives: set one of them to 0")
         if abs(sum(self.task_sampling) - 1) > 1e-6:
             raise ValueError(f"task_sampling {self.task_sampling} must sum to 1")
         return self

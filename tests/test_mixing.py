@@ -101,8 +101,6 @@ def test_tars_of_others_take_the_place_of_a_dataset(
 
 
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(JobFileError, match="alternatives"):
-        job_of(train={"loader_workers": 1, "loader_threads": 1})
     with pytest.raises(JobFileError, match="greater than 0"):
         job_of(datasets={"image_text": [{"name": "demo", "weight": 0}]})
     with pytest.raises(JobFileError, match="at least 1"):
