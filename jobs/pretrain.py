@@ -20,7 +20,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs import cluster, console, evaluate
+from jobs import cluster, console, evaluate, mixing
 from jobs.console import Outcome, Progress
 from jobs.journal import Follower, MetricRow
 from jobs.store import code_version, digest, read_json, write_json
@@ -41,6 +41,9 @@ PLACEMENT = {
     "cpus_per_worker",
     "use_gpu",
     "loader_workers",
+    "loader_threads",
+    "cache",
+    "cache_gb",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
@@ -80,7 +83,8 @@ class Training:
 def run(job: PretrainJob, store: Path, source: str) -> Outcome:
     """Train, evaluate, register. What can be refused is refused before anything starts."""
     data = Catalog(store, job.dataset.name).open(job.dataset.version)
-    _require_annotations(job, data)
+    job = mixing.pinned(job, store)
+    _require_annotations(job, mixing.joined(job, store, data))
     tracker = connect(store)
     with cluster.session():
         cpus = _cpus_per_worker(job)
@@ -139,8 +143,10 @@ def _begin(job: PretrainJob, store: Path, source: str, data: DatasetVersion, tra
 
 
 def _folder(job: PretrainJob, store: Path, data: DatasetVersion) -> Path:
-    learned = job.train.model_dump(mode="json", exclude=PLACEMENT)
-    name = f"{job.name}-{digest(job.model, learned, job.registered_model, data.id)[:8]}"
+    train = job.train.model_dump(mode="json", exclude=PLACEMENT)
+    mixed = job.model_dump(mode="json")["datasets"].items()
+    learned = (job.model, train, job.registered_model, data.id, *mixed)
+    name = f"{job.name}-{digest(*learned)[:8]}"
     number = 1
     while read_json(store / "runs" / f"{name}-{number}" / "run.json").get("finished"):
         number += 1
@@ -170,11 +176,12 @@ def _fit(training: Training, tracker: Tracker, cpus: int) -> None:
 
 def _trainer(training: Training, cpus: int) -> TorchTrainer:
     job, data, train = training.job, training.data, training.job.train
+    known = mixing.joined(job, training.store, data)
     duty = Duty(
         job=job,
         store=training.store,
         version=data.id,
-        vocabulary=Vocabulary(taxonomy=data.taxonomy(seen_only=True), answers=data.card.answers),
+        vocabulary=Vocabulary(taxonomy=known.taxonomy(seen_only=True), answers=known.card.answers),
         cpus=cpus,
         journal=training.journal,
         model=training.model,

@@ -11,9 +11,8 @@ import ray.train
 import ray.train.torch
 import torch
 
-from jobs import console, journal
+from jobs import console, journal, mixing
 from pipelines.catalog import Catalog
-from pipelines.stream import training_stream
 from schemas.jobs import PretrainJob
 from xdecoder.prompts import Vocabulary
 from xdecoder.training import checkpoint
@@ -82,15 +81,14 @@ def _train(trainer: Trainer, duty: Duty) -> None:
     train = duty.job.train
     data = Catalog(duty.store, duty.job.dataset.name).open(duty.version)
     streams = {
-        stream: training_stream(
+        stream: mixing.open_stream(
+            duty.job,
+            duty.store,
             data,
-            stream=stream,
-            seed=train.seed,
-            global_batch=getattr(train.batch, stream),
+            stream,
             rank=trainer.rank,
             world_size=trainer.world_size,
             position=trainer.positions[stream],
-            workers=train.loader_workers,
             make_batch=trainer.make_batch(stream),
         )
         for stream in trainer.streams

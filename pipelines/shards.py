@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,11 +107,10 @@ def parse(data: bytes) -> tuple[SampleMeta, dict[str, bytes]]:
     Raises `ShardError` where members are missing, foreign or malformed.
     """
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            files = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+        files = dict(_tar_members(data))
         (described,) = (name for name in files if name.endswith(".json"))
         meta = SampleMeta.model_validate_json(files.pop(described))
-    except (tarfile.TarError, ValueError, AttributeError) as error:
+    except (tarfile.TarError, ValueError) as error:
         raise ShardError(f"not a sample: {type(error).__name__}: {error}") from None
     found = {name.removeprefix(f"{meta.key}."): content for name, content in files.items()}
     needed = {"segments.png"} if meta.segments is not None else set()
@@ -181,6 +180,19 @@ def _tar_member(name: str, data: bytes) -> bytes:
     info = tarfile.TarInfo(name)  # its defaults are fixed: mode 644, owner 0, time 0
     info.size = len(data)
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK)
+
+
+def _tar_members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """The reverse, of several: plain files alone, as they are written above. Raises `tarfile.TarError`."""
+    start = 0
+    while start < len(data):
+        info = tarfile.TarInfo.frombuf(data[start : start + _BLOCK], "utf-8", "strict")
+        start += _BLOCK
+        content = data[start : start + info.size]
+        if not info.isreg() or len(content) < info.size:
+            raise tarfile.ReadError(f"{info.name} breaks off, or is no plain file")
+        yield info.name, content
+        start += -(-info.size // _BLOCK) * _BLOCK
 
 
 def receipt_path(shard: Path) -> Path:

@@ -8,13 +8,12 @@ of the samples is `make_batch`'s business; augmentation is not done here.
 import hashlib
 import io
 import logging
-import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
-from pathlib import Path
+from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -24,9 +23,11 @@ import torch
 import webdataset as wds
 from PIL import Image
 from torch.utils.data import get_worker_info
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
+from pipelines.cache import LocalShards, Shards
 from pipelines.catalog import DatasetVersion
-from pipelines.order import positions, rank_slice, sample_seed
+from pipelines.order import Mixture, Order, dataset_seed, rank_slice, sample_seed
 from pipelines.pixels import PHOTOGRAPHS, PixelsError, upright
 from pipelines.shards import ShardError, parse
 from schemas.masks import Array
@@ -37,7 +38,19 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MakeBatch = Callable[[list[Sample], list[int]], T]
-_OPEN_FILES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """A dataset of several that a stream draws from.
+
+    weight    in any unit, beside those of the others
+    shards    where its files are; those of the version's own folder
+    """
+
+    version: DatasetVersion
+    weight: float = 1.0
+    shards: Shards | None = None
 
 
 class StreamError(RuntimeError):
@@ -45,7 +58,7 @@ class StreamError(RuntimeError):
 
 
 def training_stream(
-    version: DatasetVersion,
+    datasets: DatasetVersion | Sequence[Weighted],
     *,
     stream: Stream,
     seed: int,
@@ -54,31 +67,47 @@ def training_stream(
     world_size: int,
     position: int = 0,
     workers: int = 0,
+    threads: int = 0,
     make_batch: MakeBatch[T],
     max_corrupt: int = 16,
 ) -> Iterator[tuple[T, int]]:
     """This rank's share of every global batch, for ever: (batch, position of the whole stream after it).
 
+    datasets      one, or several that take turns by weight, each going on through epochs of its own
     stream        training samples with segments or phrases ("segmentation"), with captions or questions
                   ("image_text"); a sample may be in both
     position      samples taken by all ranks so far; the sequence from there on depends on nothing else
-    workers       decoding processes; 0 decodes in the calling thread. The batches are the same for any number
+    workers       processes that prepare batches, or
+    threads       threads of this process that do: nothing is copied between processes, and decoding lets
+                  Python's lock go. With neither, a batch is prepared when it is asked for. Each prepares two
+                  ahead; the batches are the same for any number
     make_batch    samples and a seed for each, a pure function of (seed, epoch, sample), -> batch
-    max_corrupt   consecutive unreadable samples that are skipped and logged; their batches are shorter, and a
-                  batch of which nothing is left is passed over
+    max_corrupt   consecutive unreadable samples that are skipped and logged; their batches are shorter. Every
+                  rank draws the same number of batches: a global batch of which nothing is left is passed
+                  over by all; a rank that alone has nothing left takes one sample of the others' twice
 
     Raises `ValueError` at the call where the stream would be empty or the batch does not divide among the
     ranks, `StreamError` from the iterator where more than `max_corrupt` samples in a row are unreadable.
     """
-    index = _training_index(version, stream)
-    shares = rank_slice(global_batch, rank, world_size)
-    requests = partial(_requests, index.sizes, seed, global_batch, shares, position)
-    pipeline = wds.DataPipeline(requests, partial(_fetch, index), partial(_collate, make_batch))
+    mixed = [Weighted(version=datasets)] if isinstance(datasets, DatasetVersion) else datasets
+    indices = tuple(_training_index(one, stream) for one in mixed)
+    orders = [Order(index.sizes, dataset_seed(seed, number)) for number, index in enumerate(indices)]
+    plan = _Plan(
+        indices=indices,
+        mixture=Mixture(orders, [one.weight for one in mixed], seed),
+        global_batch=global_batch,
+        share=rank_slice(global_batch, rank, world_size),
+    )
+    plan.draw(position, 1)  # an empty stream and an impossible position are refused here
+    draw = partial(_draw, plan, make_batch)
+    pipeline = wds.DataPipeline(partial(_starts, global_batch, position), partial(map, draw))
     batches: Iterable[_Drawn[T]] = pipeline
     if workers:
         # a loader without its own generator would draw its seed from the one that the training uses
         own = torch.Generator()
         batches = wds.WebLoader(pipeline, batch_size=None, num_workers=workers, generator=own)
+    elif threads:
+        batches = _in_threads(draw, _starts(global_batch, position), threads)
     return _without_corrupt(batches, stream, max_corrupt)
 
 
@@ -91,7 +120,7 @@ def read_samples(
     samples than announced is wrong.
     """
     rows = _members(version, split, stream).sort_by("key")
-    return _read_all(_Index(rows.slice(0, limit or None), version.shards_root))
+    return _read_all(_Index(rows.slice(0, limit or None), LocalShards(version.shards_root)))
 
 
 def decode(data: bytes) -> Sample:
@@ -110,6 +139,13 @@ def decode_image(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
     Drops alpha, and the low byte of 16-bit grey. Raises `ShardError`.
     """
+    if data.startswith(b"\xff\xd8"):
+        try:
+            # the same libjpeg-turbo and the same pixels as PIL's, without its detour over four channels
+            pixels = decode_jpeg(_bytes(data), ImageReadMode.RGB, apply_exif_orientation=True)
+            return np.asarray(pixels.permute(1, 2, 0))
+        except RuntimeError:
+            log.debug("torchvision refuses a JPEG; PIL reads more kinds, and says what is wrong")
     try:
         image = upright(_open(data, PHOTOGRAPHS))
     except PixelsError as error:
@@ -121,22 +157,12 @@ def decode_image(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
-    """One rank's share of one global batch; `position` is that of the whole stream after it."""
+class _Read:
+    """One sample of the sequence; None where it was unreadable, and `fault` says why."""
 
-    indices: list[int]
-    seeds: list[int]
-    position: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fetched:
-    """`samples[i]` is None where it was unreadable, and `faults` says why."""
-
-    samples: list[Sample | None]
-    seeds: list[int]
-    faults: list[str]
-    position: int
+    sample: Sample | None
+    seed: int
+    fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +176,13 @@ class _Drawn(Generic[T]):
 
 
 class _Index:
-    """Where samples lie, and reading them. Small enough for loader processes, which open files themselves.
+    """Where samples lie, and reading them. Small enough for loader processes.
 
     sizes     samples of each shard; a sample's index counts through them
     """
 
-    def __init__(self, rows: pa.Table, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, rows: pa.Table, files: Shards) -> None:
+        self.files = files
         # Arrow, not lists: touching a million Python strings would copy them into every forked process
         self.keys, self.hashes = rows["key"].combine_chunks(), rows["sha256"].combine_chunks()
         shards = rows["shard"].combine_chunks().dictionary_encode()
@@ -164,35 +190,28 @@ class _Index:
         self.shard_of = shards.indices.to_numpy()
         self.offsets, self.lengths = rows["offset"].to_numpy(), rows["size_bytes"].to_numpy()
         self.sizes: tuple[int, ...] = tuple(np.bincount(self.shard_of, minlength=len(self.shards)).tolist())
-        self._open: OrderedDict[int, int] = OrderedDict()
 
     def sample(self, index: int) -> Sample:
         """Raises `ShardError` that names the sample and its place, where its bytes are not those written."""
-        shard = self.shards[self.shard_of[index]]
-        offset, length = int(self.offsets[index]), int(self.lengths[index])
+        shard, offset = self.shards[self.shard_of[index]], int(self.offsets[index])
         try:
-            data = os.pread(self._descriptor(int(self.shard_of[index])), length, offset)
-            if hashlib.sha256(data).hexdigest() != self.hashes[index].as_py():
-                raise ShardError(f"{len(data)} of {length} bytes, and not those that were written")
+            try:
+                data = self._read(index)
+            except ShardError:
+                if not self.files.mend(shard):
+                    raise
+                data = self._read(index)
             return decode(data)
         except (OSError, ShardError) as error:
-            where = f"sample {self.keys[index].as_py()} at byte {offset} of {self.folder / shard}"
+            where = f"sample {self.keys[index].as_py()} at byte {offset} of {self.files}/{shard}"
             raise ShardError(f"{where}: {error}") from None
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            while len(self._open) >= _OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.folder / self.shards[shard], os.O_RDONLY)
-        self._open.move_to_end(shard)
-        return self._open[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_open": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+    def _read(self, index: int) -> bytes:
+        length = int(self.lengths[index])
+        data = self.files.read(self.shards[self.shard_of[index]], int(self.offsets[index]), length)
+        if hashlib.sha256(data).hexdigest() != self.hashes[index].as_py():
+            raise ShardError(f"{len(data)} of {length} bytes, and not those that were written")
+        return data
 
 
 def _members(version: DatasetVersion, split: Split, stream: Stream) -> pa.Table:
@@ -213,9 +232,10 @@ def _holdings(version: DatasetVersion) -> str:
     return "; ".join(f"{split}: {counts}" for split, counts in version.card.counts.items())
 
 
-def _training_index(version: DatasetVersion, stream: Stream) -> _Index:
-    rows = _members(version, "train", stream)
-    return _Index(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]), version.shards_root)
+def _training_index(one: Weighted, stream: Stream) -> _Index:
+    rows = _members(one.version, "train", stream)
+    files = one.shards or LocalShards(one.version.shards_root)
+    return _Index(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]), files)
 
 
 def _read_all(index: _Index) -> Iterator[Sample]:
@@ -226,47 +246,70 @@ def _read_all(index: _Index) -> Iterator[Sample]:
             raise StreamError(f"{error}; run: python -m jobs datasets verify") from None
 
 
-def _requests(
-    sizes: tuple[int, ...], seed: int, global_batch: int, shares: slice, position: int
-) -> Iterator[_Request]:
-    """In loader process w of n: batches w, w + n, w + 2n ... so that taking turns restores the order."""
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What a rank draws: its share of every `global_batch` samples of the mixture."""
+
+    indices: tuple[_Index, ...]
+    mixture: Mixture
+    global_batch: int
+    share: slice
+
+    def draw(self, start: int, count: int) -> list[tuple[_Index, int, int]]:
+        """Dataset, index and seed of the samples at `start` .. `start + count - 1` of the whole stream."""
+        drawn = (column.tolist() for column in self.mixture.positions(start, count))
+        return [
+            (self.indices[number], i, sample_seed(self.mixture.orders[number].seed, epoch, i))
+            for number, epoch, i in zip(*drawn, strict=True)
+        ]
+
+    def read(self, start: int, count: int) -> Iterator[_Read]:
+        for dataset, index, seed in self.draw(start, count):
+            try:
+                yield _Read(sample=dataset.sample(index), seed=seed)
+            except ShardError as error:
+                yield _Read(sample=None, seed=seed, fault=str(error))
+
+
+def _starts(global_batch: int, position: int) -> Iterator[int]:
+    """Where global batches begin; in loader process w of n: w, w + n ..., so that turns restore the order."""
     worker = get_worker_info()
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-    length = shares.stop - shares.start
     for batch in count(first, step):
-        start = position + batch * global_batch
-        epochs, indices = positions(sizes, seed, start + shares.start, length)
-        pairs = list(zip(epochs.tolist(), indices.tolist(), strict=True))
-        yield _Request(
-            indices=[index for _, index in pairs],
-            seeds=[sample_seed(seed, epoch, index) for epoch, index in pairs],
-            position=start + global_batch,
-        )
+        yield position + batch * global_batch
 
 
-def _fetch(index: _Index, requests: Iterator[_Request]) -> Iterator[_Fetched]:
-    for request in requests:
-        samples: list[Sample | None] = []
-        faults = []
-        for i in request.indices:
-            try:
-                samples.append(index.sample(i))
-            except ShardError as error:
-                samples.append(None)
-                faults.append(str(error))
-        yield _Fetched(samples=samples, seeds=request.seeds, faults=faults, position=request.position)
+def _draw(plan: _Plan, make_batch: MakeBatch[T], start: int) -> _Drawn[T]:
+    """This rank's share of the global batch that begins at `start`.
+
+    Where nothing of it is readable, all ranks look at the same global batch, so without a word between them
+    they agree whether it is passed over.
+    """
+    share = list(plan.read(start + plan.share.start, plan.share.stop - plan.share.start))
+    readable = [(read.sample, read.seed) for read in share if read.sample is not None]
+    if not readable:
+        everything = plan.read(start, plan.global_batch)
+        found = ((read.sample, read.seed) for read in everything if read.sample is not None)
+        readable = list(islice(found, 1))
+    return _Drawn(
+        batch=make_batch([s for s, _ in readable], [seed for _, seed in readable]) if readable else None,
+        readable=[read.sample is not None for read in share],
+        faults=[read.fault for read in share if read.fault],
+        position=start + plan.global_batch,
+    )
 
 
-def _collate(make_batch: MakeBatch[T], fetched: Iterator[_Fetched]) -> Iterator[_Drawn[T]]:
-    for one in fetched:
-        readable = [(s, seed) for s, seed in zip(one.samples, one.seeds, strict=True) if s is not None]
-        batch = make_batch([s for s, _ in readable], [seed for _, seed in readable]) if readable else None
-        yield _Drawn(
-            batch=batch,
-            readable=[s is not None for s in one.samples],
-            faults=one.faults,
-            position=one.position,
-        )
+def _in_threads(draw: Callable[[int], _Drawn[T]], starts: Iterator[int], threads: int) -> Iterator[_Drawn[T]]:
+    """The same batches in the same order."""
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="stream")
+    try:
+        waiting = deque(pool.submit(draw, start) for start in islice(starts, 2 * threads))
+        for start in starts:
+            batch = waiting.popleft().result()
+            waiting.append(pool.submit(draw, start))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _without_corrupt(drawn: Iterable[_Drawn[T]], stream: Stream, max_corrupt: int) -> Iterator[tuple[T, int]]:
@@ -288,10 +331,18 @@ def _without_corrupt(drawn: Iterable[_Drawn[T]], stream: Stream, max_corrupt: in
 
 
 def _decode_labels(data: bytes) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    pixels: Array = np.asarray(_open(data, ("PNG",)))
-    if pixels.ndim != 2:
-        raise ShardError(f"a label map has one channel, this has shape {pixels.shape}")
-    return pixels.astype(np.uint16)
+    try:
+        pixels: Array = np.asarray(decode_png(_bytes(data)))
+    except RuntimeError as error:
+        raise ShardError(f"cannot be decoded: {error}") from None
+    if len(pixels) != 1:
+        raise ShardError(f"a label map has one channel, this has {len(pixels)}")
+    return pixels[0].astype(np.uint16)
+
+
+def _bytes(data: bytes) -> torch.Tensor:
+    """uint8[n]. A copy, which torch may write to."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from schemas.cron import is_time_zone, parse
-from schemas.tasks import TASKS, Task
+from schemas.tasks import TASKS, Stream, Task
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -451,6 +451,14 @@ class DatasetRef(Settings):
     version: str = Field(default="current", description="a version id or 'current'")
 
 
+class MixedDataset(DatasetRef):
+    """One of the datasets that a stream draws from."""
+
+    weight: float = Field(
+        gt=0, description="in any unit, beside those of the others; rounded to 1/4096 of their sum"
+    )
+
+
 # -------------------------------------------------------------------------------------------- training
 
 
@@ -489,7 +497,20 @@ class TrainConfig(Settings):
         default=0, description="0 shares the cluster's CPUs among the workers"
     )
     use_gpu: bool = False
-    loader_workers: NonNegative = Field(default=0, description="decoding processes of each rank")
+    loader_workers: NonNegative = Field(default=0, description="processes of each rank that prepare batches")
+    loader_threads: NonNegative = Field(
+        default=0, description="threads of each rank that prepare batches where loader_workers is 0"
+    )
+    tars: dict[Literal["image_text"], str] = Field(
+        default={},
+        description="glob, relative to the store, of tars of others (pictures with .txt captions) that take "
+        "the place of a dataset; without an index they have neither exactly-once nor exact resume",
+    )
+    cache: str = Field(
+        default="",
+        description="folder on each machine that keeps shards of a store far away; empty reads them there",
+    )
+    cache_gb: float = Field(default=100.0, gt=0, description="its size, which the ranks of a machine share")
     precision: Literal["fp32", "bf16"] = "fp32"
     tasks: tuple[Task, ...] = TASKS
     task_sampling: tuple[Fraction, Fraction, Fraction] = Field(
@@ -659,6 +680,10 @@ class PretrainJob(Job):
     )
     registered_model: Name = "demo"
     dataset: DatasetRef = DatasetRef()
+    datasets: dict[Stream, Annotated[tuple[MixedDataset, ...], Field(min_length=1)]] = Field(
+        default={},
+        description="what a stream draws from by weight; others draw from `dataset`, which is evaluated",
+    )
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -1,10 +1,15 @@
-"""The zero-shot benchmark runs as written, on a world of a few pictures and for a few steps."""
+"""Benchmarks run as written, on a few pictures, for a few steps, with a few shards."""
 
+import argparse
+import hashlib
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import TAXONOMY, endless, samples
 
+from benchmarks import loader, scale
 from benchmarks.zeroshot import JOB, RECIPES, World, trial
 from schemas.jobs import PretrainJob, load
 
@@ -32,3 +37,37 @@ def test_every_recipe_of_the_zero_shot_benchmark_is_trained_and_scored(name: str
     assert all(0 <= score <= 100 for score in (seen, unseen, harmonic))
     expected = 2 * seen * unseen / (seen + unseen) if seen + unseen else 0
     assert math.isclose(harmonic, expected, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("content", loader.CONTENTS)
+def test_loaders_that_are_compared_deliver_the_same_pixels(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "DISTINCT", 4)
+    (tmp_path / "files").mkdir()
+    loader.write_files(tmp_path / "files")
+    seen = {}
+    for way in ("ours", "processes", "webdataset"):
+        if way != "processes":
+            loader.WAYS[way][0](tmp_path, 4)
+        drawn = next(iter(loader.WAYS[way][1](tmp_path, content, 4, 1)))
+        columns = drawn if way == "webdataset" else drawn[0]  # ours come with their position
+        # of the companion only that it is there: ours holds indices in the place of colours
+        assert len(columns) == (1 if content == "jpeg" else 2)
+        seen[way] = sorted(hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for x in columns[0])
+    assert seen["ours"] == seen["processes"] == seen["webdataset"]
+
+
+def test_a_plan_is_checked_for_any_number_of_ranks() -> None:
+    arguments = argparse.Namespace(shards=300, samples=20, ranks=64, share=2, rank=63)
+    mixture = scale.sequence(arguments)
+    scale.check_structure(mixture, windows=20)
+    scale.check_ranks(mixture, argparse.Namespace(shards=300, samples=20, ranks=512, share=2))
+    assert scale.plan(arguments)["peak_mb"] > 0
+    near = [scale.mixing(window, shards=64, samples=10)[0] for window in (1, 8, 64)]
+    assert near == sorted(near) and 0.9 < near[-1] < 1.1
+    (order,) = mixture.orders
+    whole = order._order
+    order._order = lambda epoch, number: whole(epoch, number)[[0, *range(len(whole(epoch, number)) - 1)]]
+    with pytest.raises(AssertionError, match="window"):
+        scale.check_structure(mixture, windows=3)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.order import epoch_order, positions, rank_slice, sample_seed
+from pipelines.order import BLOCK, Mixture, Order, epoch_order, positions, rank_slice, sample_seed
 
 SIZES = (5, 1, 0, 7, 3, 9, 2)
 TOTAL = sum(SIZES)
@@ -57,6 +57,44 @@ def test_a_range_longer_than_an_epoch_repeats_none_before_all_were_seen() -> Non
     _, index = positions(SIZES, seed=5, start=0, count=3 * TOTAL)
     for epoch in range(3):
         assert sorted(index[epoch * TOTAL : (epoch + 1) * TOTAL]) == list(range(TOTAL))
+
+
+def test_a_window_is_drawn_without_those_before_it() -> None:
+    """A million shards of a thousand samples: what an epoch holds would not fit in memory."""
+    order = Order(np.full(10**6, 1000), seed=1)
+    epochs, index = order.positions(3 * 10**9 - 5, 10)
+    assert epochs.tolist() == [2] * 5 + [3] * 5
+    again = Order(np.full(10**6, 1000), seed=1)
+    assert (again.positions(3 * 10**9 - 2, 4)[1] == index[3:7]).all()
+    assert len(set(again.positions(17, 3 * 8000)[1].tolist())) == 3 * 8000
+
+
+def test_a_mixture_keeps_the_epochs_of_each_and_its_weights() -> None:
+    orders = [Order(SIZES, seed=1), Order((50,), seed=2), Order((4, 4), seed=3)]
+    numbers, epochs, index = Mixture(orders, [0.2, 0.5, 0.3], seed=9).positions(0, 3 * BLOCK)
+    for number, order in enumerate(orders):
+        mine = numbers == number
+        expected = order.positions(0, int(mine.sum()))
+        assert (epochs[mine] == expected[0]).all() and (index[mine] == expected[1]).all()
+        for block in range(3):
+            here = mine[block * BLOCK : (block + 1) * BLOCK].mean()
+            assert abs(here - (0.2, 0.5, 0.3)[number]) < 1 / BLOCK
+
+
+@pytest.mark.parametrize("start", [0, 1, BLOCK - 3, 2 * BLOCK + 17])
+def test_a_mixture_is_a_function_of_seed_and_position(start: int) -> None:
+    orders = [Order(SIZES, seed=1), Order((50,), seed=2)]
+    whole = Mixture(orders, [1, 2], seed=9).positions(0, start + 40)
+    part = Mixture(orders, [1, 2], seed=9).positions(start, 40)
+    assert all((a[start:] == b).all() for a, b in zip(whole, part, strict=True))
+    assert (Mixture(orders, [1, 2], seed=8).positions(0, 200)[0] != whole[0][:40].repeat(5)).any()
+
+
+def test_alone_in_a_mixture_is_as_without_one() -> None:
+    order = Order(SIZES, seed=4)
+    numbers, epochs, index = Mixture([order], [7], seed=9).positions(BLOCK - 9, 30)
+    assert not numbers.any()
+    assert (np.stack([epochs, index]) == np.stack(order.positions(BLOCK - 9, 30))).all()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -9,13 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from PIL import Image
+from pyarrow import fs
 
+from pipelines.cache import CachedShards, Shards
 from pipelines.catalog import DatasetVersion
 from pipelines.shards import ShardError
-from pipelines.stream import StreamError, decode, decode_image, read_samples, training_stream
+from pipelines.stream import (
+    StreamError,
+    Weighted,
+    decode,
+    decode_image,
+    read_samples,
+    training_stream,
+)
 from schemas.masks import rgb_to_ids
 from schemas.records import Sample
 from schemas.tasks import Stream
@@ -37,10 +49,12 @@ def streamed(
     world_size: int = 1,
     position: int = 0,
     workers: int = 0,
+    threads: int = 0,
+    shards: Shards | None = None,
     max_corrupt: int = 16,
 ) -> Iterator[Drawn]:
     return training_stream(
-        version,
+        [Weighted(version=version, shards=shards)],
         stream=stream,
         seed=11,
         global_batch=global_batch,
@@ -48,6 +62,7 @@ def streamed(
         world_size=world_size,
         position=position,
         workers=workers,
+        threads=threads,
         make_batch=keys_and_seeds,
         max_corrupt=max_corrupt,
     )
@@ -168,6 +183,92 @@ def test_a_batch_of_which_nothing_is_left_is_passed_over(damaged: DatasetVersion
     for key, _ in whole[1][0]:
         flip_byte(damaged, key)
     assert list(islice(streamed(damaged), 2)) == [whole[0], whole[2]]
+
+
+def test_every_rank_draws_the_same_number_of_batches_whatever_is_corrupt(
+    damaged: DatasetVersion, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of batch 1 nothing is left on rank 0, of batch 2 nothing at all."""
+    whole = list(islice(streamed(damaged), 5))
+    lost = [key for key, _ in whole[1][0][:2] + whole[2][0]]
+    for key in lost:
+        flip_byte(damaged, key)
+    ranks = [list(islice(streamed(damaged, rank=rank, world_size=2), 4)) for rank in range(2)]
+    for rank in ranks:
+        assert [position for _, position in rank] == [4, 8, 16, 20]
+    assert ranks[0][1][0] == whole[1][0][2:3], "the first readable sample of the global batch stands in"
+    seen = {key for rank in ranks for batch, _ in rank for key, _ in batch}
+    assert seen == {key for batch, _ in whole for key, _ in batch} - set(lost)
+    resumed = list(islice(streamed(damaged, rank=0, world_size=2, position=4), 3))
+    assert resumed == ranks[0][1:]
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert all(key in told for key in lost)
+
+
+def test_threads_that_prepare_batches_change_nothing_and_end(damaged: DatasetVersion) -> None:
+    alone = list(islice(streamed(damaged), 12))
+    ahead = streamed(damaged, threads=3)
+    assert list(islice(ahead, 12)) == alone
+    ahead.close()  # type: ignore[attr-defined]
+    for key, _ in alone[1][0]:
+        flip_byte(damaged, key)
+    assert list(islice(streamed(damaged, threads=2), 2)) == [alone[0], alone[2]]
+    with pytest.raises(StreamError, match="1 unreadable samples in a row"):
+        list(islice(streamed(damaged, threads=2, max_corrupt=0), 2))
+    while any(thread.name.startswith("stream") for thread in threading.enumerate()):
+        time.sleep(0.01)
+
+
+def test_datasets_are_mixed_by_weight_and_each_keeps_its_epochs(demo_dataset: DatasetVersion) -> None:
+    """The same shards as two datasets of a third and two thirds: told apart by which samples they hold."""
+    train, rows = train_keys(demo_dataset), demo_dataset.samples
+    halves = [
+        replace(demo_dataset, samples=rows.filter(pc.is_in(rows["key"], pa.array(keys))))
+        for keys in (train[:8], train[8:])
+    ]
+
+    def mixed(**settings: int) -> Iterator[Drawn]:
+        return training_stream(
+            [Weighted(version=halves[0], weight=1), Weighted(version=halves[1], weight=2)],
+            stream="segmentation",
+            seed=3,
+            global_batch=6,
+            make_batch=keys_and_seeds,
+            **({"rank": 0, "world_size": 1} | settings),
+        )
+
+    whole = list(islice(mixed(threads=2), 200))
+    drawn = [key for batch, _ in whole for key, _ in batch]
+    for keys in (train[:8], train[8:]):
+        own = [key for key in drawn if key in keys]
+        for first in range(0, len(own) - len(keys), len(keys)):
+            assert sorted(own[first : first + len(keys)]) == sorted(keys)
+    assert abs(sum(key in train[:8] for key in drawn) / len(drawn) - 1 / 3) < 0.05
+    ranks = [list(islice(mixed(rank=r, world_size=3, position=whole[9][1]), 4)) for r in range(3)]
+    joined = [(sum((b for b, _ in parts), []), parts[0][1]) for parts in zip(*ranks, strict=True)]
+    assert joined == whole[10:14]
+    with pytest.raises(ValueError, match="the least must be"):
+        training_stream(
+            [Weighted(version=halves[0], weight=0), Weighted(version=halves[1])],
+            stream="segmentation",
+            seed=3,
+            global_batch=6,
+            rank=0,
+            world_size=1,
+            make_batch=keys_and_seeds,
+        )
+
+
+def test_shards_come_by_way_of_a_cache_that_mends_itself(damaged: DatasetVersion, tmp_path: Path) -> None:
+    root, largest = damaged.shards_root, max(damaged.manifest["size_bytes"].to_pylist())
+    cached = CachedShards(fs.LocalFileSystem(), str(root), tmp_path / "cache", 2 * largest, damaged.manifest)
+    whole = list(islice(streamed(damaged), 12))
+    assert list(islice(streamed(damaged, shards=cached, workers=2), 12)) == whole
+    assert list(islice(streamed(damaged, shards=cached), 6)) == whole[:6]
+    assert list(islice(streamed(damaged, shards=cached, threads=3), 12)) == whole
+    for path in (tmp_path / "cache").glob("*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))
+    assert list(islice(streamed(damaged, shards=cached), 12)) == whole
 
 
 @pytest.mark.parametrize("workers", [0, 2])

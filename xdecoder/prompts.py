@@ -61,6 +61,7 @@ def detokenize(ids: Sequence[int]) -> str:
     return str(_tokenizer().decode(kept)).strip()
 
 
+@cache
 def clean(name: str) -> str:
     """A class name as words: COCO's "-merged", "-other", "-stuff" go, separators become spaces (X-Decoder,
     4.4).

@@ -5,6 +5,7 @@ Letters: `H W` pixels of the sample, `S` side of the square view.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -69,18 +70,24 @@ class _Geometry:
         Not by PIL, whose rounding differs between 8 and 16 bits: masks would not lie on their label map.
         """
         rows, columns = (
-            (2 * np.arange(start, start + size) + 1) * original // (2 * scaled)
+            _nearest(start, size, original, scaled)
             for start, size, original, scaled in zip(
                 self.corner, self.size, pixels.shape, self.scaled, strict=True
             )
         )
-        return self._placed(pixels[rows[:, None], columns], 0)
+        return self._placed(pixels.take(rows, axis=0).take(columns, axis=1), 0)
 
     def _placed(self, window: Array, fill: int) -> Array:
         height, width = self.size
         view = np.full((self.side, self.side, *window.shape[2:]), fill, dtype=window.dtype)
         view[:height, :width] = window[:, ::-1] if self.flip else window
         return view
+
+
+@lru_cache(maxsize=64)  # asked again for each mask of a picture
+def _nearest(start: int, size: int, original: int, scaled: int) -> Array:
+    """Which of `original` pixels each of `size` ones shows, from `start` on of `scaled`: int64[size]."""
+    return (2 * np.arange(start, start + size) + 1) * original // (2 * scaled)
 
 
 def jittered(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> View:

@@ -92,7 +92,10 @@ class Batch:
 
 def collate(views: Sequence[View], works: tuple[Work, ...]) -> Batch:
     """Views of one side -> a batch."""
-    images = torch.from_numpy(np.stack([view.image for view in views])).permute(0, 3, 1, 2).float() / 255
+    # numpy's arithmetic, because torch's would wake a pool of threads wherever batches are made
+    pixels = np.stack([view.image for view in views]).astype(np.float32)
+    pixels /= 255
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     padding = torch.ones(len(views), *images.shape[-2:], dtype=torch.bool)
     for i, view in enumerate(views):
         padding[i, : view.size[0], : view.size[1]] = False
@@ -127,15 +130,18 @@ def target_masks(
     """
     index = {name: i for i, name in enumerate(classes)}
     groups: dict[tuple[int, int], list[int]] = {}
-    present = set(np.unique(labels).tolist())
+    present = set(np.flatnonzero(np.bincount(labels.ravel())).tolist())
     for segment in segments:
         wanted = segment.category in index and not segment.iscrowd and (keep_stuff or segment.isthing)
         if wanted and segment.id in present:
             alone = segment.isthing and not merge_things
             groups.setdefault((index[segment.category], segment.id if alone else 0), []).append(segment.id)
     order = sorted(groups)
-    masks = [np.isin(labels, groups[group]) for group in order]
-    return np.array(masks, dtype=bool).reshape(-1, *labels.shape), [label for label, _ in order]
+    place = np.full(max(present, default=0) + 1, -1)  # of each segment id, its row among the masks
+    for row, group in enumerate(order):
+        place[groups[group]] = row
+    masks = place[labels] == np.arange(len(order)).reshape(-1, *(1,) * labels.ndim)
+    return masks, [label for label, _ in order]
 
 
 def mask_targets(
@@ -164,10 +170,10 @@ def mask_targets(
 def pad_masks(masks: Sequence[Array]) -> Tensor:
     """bool[M_r, H, W] of each request -> float32[R, M, H, W]."""
     most = max((len(m) for m in masks), default=0)
-    padded = torch.zeros(len(masks), most, *(masks[0].shape[1:] if masks else (1, 1)))
+    padded = np.zeros((len(masks), most, *(masks[0].shape[1:] if masks else (1, 1))), dtype=np.float32)
     for row, mask in zip(padded, masks, strict=True):
-        row[: len(mask)] = torch.from_numpy(mask)
-    return padded
+        row[: len(mask)] = mask
+    return torch.from_numpy(padded)
 
 
 def answer_shares(answers: Sequence[str], listed: Sequence[str]) -> Array:

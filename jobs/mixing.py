@@ -1,0 +1,107 @@
+"""What a training draws from: its dataset versions, pinned and joined, and the streams over them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from glob import glob
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+from pyarrow import fs
+
+from pipelines.cache import CachedShards, Shards
+from pipelines.catalog import Catalog, DatasetVersion
+from pipelines.foreign import foreign_stream
+from pipelines.stream import MakeBatch, Weighted, training_stream
+from schemas.jobs import PretrainJob
+from schemas.tasks import Stream
+
+T = TypeVar("T")
+
+
+def pinned(job: PretrainJob, store: Path) -> PretrainJob:
+    """The same job with version ids for "current", so that a resumed run draws what it drew before.
+
+    Raises `CatalogError` where there is no such version.
+    """
+    ids = {
+        stream: tuple(
+            ref.model_copy(update={"version": Catalog(store, ref.name).open(ref.version).id}) for ref in refs
+        )
+        for stream, refs in job.datasets.items()
+    }
+    return job.model_copy(update={"datasets": ids})
+
+
+def joined(job: PretrainJob, store: Path, data: DatasetVersion) -> DatasetVersion:
+    """What all of them hold and know: `data` with the samples, classes and answers of the others.
+
+    Raises `ValueError` where a class is a thing in one and stuff in another.
+    """
+    names = dict.fromkeys((ref.name, ref.version) for refs in job.datasets.values() for ref in refs)
+    others = [Catalog(store, name).open(version) for name, version in names]
+    versions = [data, *(other for other in others if other.id != data.id)]
+    taxonomies = {f"{v.card.dataset}@{v.id}/{n}": t for v in versions for n, t in v.card.taxonomies.items()}
+    _check_kinds(versions)
+    answers = dict.fromkeys(answer for version in versions for answer in version.card.answers)
+    card = data.card.model_copy(update={"taxonomies": taxonomies, "answers": tuple(answers)})
+    return replace(data, card=card, samples=pa.concat_tables(v.samples for v in versions))
+
+
+def open_stream(
+    job: PretrainJob,
+    store: Path,
+    data: DatasetVersion,
+    stream: Stream,
+    *,
+    rank: int,
+    world_size: int,
+    position: int,
+    make_batch: MakeBatch[T],
+) -> Iterator[tuple[T, int]]:
+    """What one rank draws of a stream, from `position` on. Raises as `training_stream` does."""
+    train = job.train
+    place = {"rank": rank, "world_size": world_size, "position": position, "seed": train.seed}
+    place["global_batch"] = getattr(train.batch, stream)
+    if pattern := train.tars.get(stream):
+        tars = sorted(Path(path) for path in glob(str(store / pattern)))
+        return foreign_stream(tars, make_batch=make_batch, **place)
+    return training_stream(
+        sources(job, store, data, stream),
+        stream=stream,
+        workers=train.loader_workers,
+        threads=train.loader_threads,
+        make_batch=make_batch,
+        **place,
+    )
+
+
+def sources(job: PretrainJob, store: Path, data: DatasetVersion, stream: Stream) -> list[Weighted]:
+    """What one stream draws from, by weight; `data` where the job names nothing for it."""
+    refs = job.datasets.get(stream)
+    if not refs:
+        return [Weighted(version=data, shards=_shards(job, data))]
+    opened = [(Catalog(store, ref.name).open(ref.version), ref.weight) for ref in refs]
+    return [Weighted(version=v, weight=weight, shards=_shards(job, v)) for v, weight in opened]
+
+
+def _shards(job: PretrainJob, version: DatasetVersion) -> Shards | None:
+    """By way of the cache, where the job names a folder for it."""
+    if not job.train.cache:
+        return None
+    remote, root = fs.FileSystem.from_uri(str(version.shards_root))
+    limit_bytes = int(job.train.cache_gb * 2**30)
+    return CachedShards(remote, root, Path(job.train.cache), limit_bytes, version.manifest)
+
+
+def _check_kinds(versions: Sequence[DatasetVersion]) -> None:
+    kinds: dict[str, tuple[bool, str]] = {}
+    for version in versions:
+        for taxonomy in version.card.taxonomies.values():
+            for category in taxonomy.categories:
+                isthing, other = kinds.setdefault(category.name, (category.isthing, version.card.dataset))
+                if isthing != category.isthing:
+                    raise ValueError(
+                        f"{category.name!r} is a thing in one of the datasets {other!r}, "
+                        f"{version.card.dataset!r} and stuff in the other: rename it in one and rebuild"
+                    )
