@@ -28,7 +28,8 @@ def test_every_recipe_of_the_zero_shot_benchmark_is_trained_and_scored(name: str
     )
     job = load(JOB, [*RECIPES[name], *SMALL])
     assert isinstance(job, PretrainJob)
-    seen, unseen, harmonic = trial(job, world, seed=1)
+    seen, unseen, harmonic, alone = trial(job, world, seed=1)
     assert all(0 <= score <= 100 for score in (seen, unseen, harmonic))
     expected = 2 * seen * unseen / (seen + unseen) if seen + unseen else 0
     assert math.isclose(harmonic, expected, abs_tol=1e-9)
+    assert alone == 100  # ZS3: the one unseen class is the only label allowed, where it is
