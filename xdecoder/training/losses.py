@@ -216,7 +216,7 @@ def uncertain_points(logits: Tensor, config: LossConfig) -> Tensor:
     count, certain = len(logits), round(config.importance * config.points)
     drawn = torch.rand(count, round(config.oversample * config.points), 2, device=logits.device)
     doubt = -sample_points(logits, drawn)[:, 0].abs()
-    kept = drawn.gather(1, doubt.topk(certain, 1).indices[..., None].expand(-1, -1, 2))
+    kept = drawn.gather(1, doubt.topk(certain, 1, sorted=False).indices[..., None].expand(-1, -1, 2))
     return torch.cat((kept, torch.rand(count, config.points - certain, 2, device=logits.device)), 1)
 
 
