@@ -1,5 +1,6 @@
 """What each Ray Train worker does: build, restore, train, save, report. Rank 0 writes the journal."""
 
+import ctypes
 import logging
 import os
 import tempfile
@@ -20,6 +21,8 @@ from xdecoder.training.trainer import StepReport, Trainer
 
 log = logging.getLogger(__name__)
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
 
 @dataclass(frozen=True, kw_only=True)
 class Duty:
@@ -37,6 +40,7 @@ class Duty:
 def work(duty: Duty) -> None:
     """Train to the last step, from the run's newest checkpoint if there is one, then export the model."""
     console.configure()
+    _keep_freed_memory()
     torch.set_num_threads(duty.cpus)
     context = ray.train.get_context()
     trainer = Trainer(
@@ -51,6 +55,19 @@ def work(duty: Duty) -> None:
     _train(trainer, duty)
     if trainer.rank == 0:
         _export(trainer, duty.model)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what tensors free instead of handing it back and faulting it in again every step.
+
+    In the demo that takes the page faults of a step from 9000 to 300, a twentieth of its time. Pieces above
+    32 MB are still handed back (the most that `M_MMAP_THRESHOLD`, mallopt(3), takes). Elsewhere than with
+    glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, size_bytes in ((_M_MMAP_THRESHOLD, 32 * 2**20), (_M_TRIM_THRESHOLD, 2**30)):
+            mallopt(parameter, size_bytes)
 
 
 def _restore(trainer: Trainer) -> None:

@@ -184,9 +184,9 @@ def test_scenes_vary_as_promised(scenes: list[Scene]) -> None:
     assert 0.03 < np.mean([any(thing.crowd for thing in scene.things) for scene in scenes]) < 0.15
     widths = [area_and_bbox(thing.mask)[1][2] for thing in things if not thing.crowd]
     assert np.percentile(widths, 10) < 14 and np.percentile(widths, 90) > 24
-    assert 2.0 < np.mean([len({thing.name for thing in scene.things}) for scene in scenes]) < 2.6
+    assert 1.6 < np.mean([len({thing.name for thing in scene.things}) for scene in scenes]) < 2.1
     repeated = [len({thing.name for thing in scene.things}) < len(scene.things) for scene in scenes]
-    assert np.mean(repeated) > 0.25
+    assert np.mean(repeated) > 0.5, "equal things are what the task tokens differ in"
 
 
 def test_what_is_left_of_a_covered_thing_is_enough() -> None:

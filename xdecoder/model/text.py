@@ -60,14 +60,21 @@ class _Block(nn.Module):
         return x + self.proj(h * torch.sigmoid(1.702 * h))
 
 
+# Chosen by us: in the demo, half of whose texts are class names beside captions of thrice their length, three
+# groups take a tenth off a training step.
+_LENGTH_GROUPS = 3
+
+
 class TextEncoder(nn.Module):
-    """int64[N, T] token ids -> `TextFeatures`. Equal texts are encoded once, none longer than the longest
-    is.
+    """int64[N, T] token ids -> `TextFeatures`. Equal texts are encoded once, and short ones apart from long
+    ones.
+
+    padding_counts    what stands at padding is wanted, too (`QuirksConfig`): all are encoded at full length
     """
 
-    def __init__(self, width: int, config: TextConfig) -> None:
+    def __init__(self, width: int, config: TextConfig, *, padding_counts: bool = False) -> None:
         super().__init__()
-        self.context = config.context
+        self.context, self.padding_counts = config.context, padding_counts
         self.token_embedding = nn.Embedding(VOCABULARY_SIZE, width)
         self.positions = nn.Parameter(torch.empty(config.context, width))
         self.blocks = nn.ModuleList(
@@ -83,7 +90,7 @@ class TextEncoder(nn.Module):
         if ids.shape[1] > self.context:
             raise ValueError(f"a text has {ids.shape[1]} tokens, the text encoder reads {self.context}")
         distinct, where = torch.unique(ids, dim=0, return_inverse=True)
-        tokens = self._encode(distinct).index_select(0, where)
+        tokens = self._by_length(distinct).index_select(0, where)
         end = (ids == END).int().argmax(1)  # argmax takes the first
         later = torch.arange(ids.shape[1], device=ids.device) > end[:, None]
         sentence = tokens[torch.arange(len(ids), device=ids.device), end]
@@ -109,10 +116,29 @@ class TextEncoder(nn.Module):
             start += len(ids)
         return parts
 
-    def _encode(self, ids: Tensor) -> Tensor:
-        length = ids.shape[1]
-        x = self.token_embedding(ids) + self.positions[:length]
-        blocked = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
+    def _by_length(self, ids: Tensor) -> Tensor:
+        """float[N, T, D]; behind the bound of a text's group stand zeros."""
+        embedded, size = self.token_embedding(ids), ids.shape[1]  # one look-up: its gradient is a whole table
+        if self.padding_counts or not len(ids):
+            return self._encode(embedded)
+        ends = ids == END
+        length = torch.where(ends.any(1), ends.int().argmax(1) + 1, size)
+        longest = int(length.max())
+        bounds = [-(-longest * (i + 1) // _LENGTH_GROUPS) for i in range(_LENGTH_GROUPS)]
+        group = torch.bucketize(length, torch.tensor(bounds, device=ids.device))
+        rows = [(group == i).nonzero()[:, 0] for i in range(_LENGTH_GROUPS)]
+        parts = [
+            F.pad(self._encode(embedded[row, :bound]), (0, 0, 0, size - bound))
+            for row, bound in zip(rows, bounds, strict=True)
+            if len(row)
+        ]
+        return torch.cat(parts).index_select(0, torch.cat(rows).argsort())
+
+    def _encode(self, embedded: Tensor) -> Tensor:
+        """Embedded tokens float[N, T, D] -> what the encoder says of each."""
+        length = embedded.shape[1]
+        x = embedded + self.positions[:length]
+        blocked = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         for block in self.blocks:
             x = block(x, blocked)
         return self.project(self.norm(x))

@@ -43,7 +43,11 @@ class XDecoder(nn.Module):
         self.pixel_decoder = PIXEL_DECODERS[config.pixel_decoder](
             self.backbone.channels, config.width, config.heads, config.ffn, config.encoder_layers
         )
-        self.text = TextEncoder(config.text_width, config.text) if config.text else Wordless()
+        self.text = (
+            TextEncoder(config.text_width, config.text, padding_counts=config.quirks.padding_counts)
+            if config.text
+            else Wordless()
+        )
         self.decoder = Decoder(config)
         if config.text_queries:
             self.caption_embed = matrix(config.width, config.width)
