@@ -1,7 +1,7 @@
-"""An environment with transformers for the benchmarks that compare with it: the project does not depend on it.
+"""An environment with transformers for the benchmarks that compare with it, as the project does without.
 
-It lies in the folder for temporary files, is made once, and sees the packages of the environment that made it,
-so that torch and timm are the same on both sides. Nothing is fetched but packages; weights are random.
+It lies in the folder for temporary files, is made once, and sees the packages of the environment that made
+it, so that torch and timm are the same on both sides. Nothing is fetched but packages; weights are random.
 """
 
 import os

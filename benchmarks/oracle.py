@@ -1,11 +1,11 @@
-"""Are our losses and matching those of transformers, by the number? An oracle beside the formulas in the tests.
+"""Are our losses and matching those of transformers? An oracle beside the formulas in the tests.
 
     python -m benchmarks.oracle [--trials 20]
 
-Random predictions and truths go through both; the largest difference of each is printed, relative to values above
-one, and the status is 1 where one is above 1e-6. Both sides draw the same random points, as they draw them in the
-same order from the same seed. Of transformers only what equals the papers is asked: its post-processing and its
-text encoder do not. The first run makes an environment with transformers (`benchmarks/huggingface.py`).
+Random predictions and truths go through both; the largest difference of each is printed, relative to values
+above one, and the status is 1 where one is above 1e-6. Both sides draw the same random points: from one seed,
+in the same order. Of transformers only what equals the papers is asked; its post-processing and its text
+encoder do not. The first run makes an environment with transformers (`benchmarks/huggingface.py`).
 """
 
 import argparse
@@ -50,7 +50,10 @@ def costs(draw: torch.Generator) -> Compared:
     places = torch.rand(ROWS, POINTS, 2, generator=draw)
     x, y = sample_points(masks, places), sample_points(truth, places)
     yield "points of a mask", x, m.sample_point(masks, places, align_corners=False)
-    for kind, of in (("bce", m.pair_wise_sigmoid_cross_entropy_loss), ("focal", f.pair_wise_sigmoid_focal_loss)):
+    for kind, of in (
+        ("bce", m.pair_wise_sigmoid_cross_entropy_loss),
+        ("focal", f.pair_wise_sigmoid_focal_loss),
+    ):
         each, dice = mask_costs(x, y, kind)  # type: ignore[arg-type]
         yield f"matching cost, {kind}", each, torch.stack([of(*pair) for pair in zip(x, y, strict=True)])
         theirs = [m.pair_wise_dice_loss(*pair) for pair in zip(x, y, strict=True)]

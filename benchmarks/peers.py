@@ -2,14 +2,14 @@
 
     python -m benchmarks.peers [--recipes oneformer mask2former] [--rounds 5] [--threads 1] [--wall]
 
-Forward, losses and backward of the recipe and of its peer, in turns in one run: the same backbone (ResNet-50),
-pictures, masks, texts, queries, layers, points and classes, random weights. Seconds of this process's CPU, or
-with --wall of the clock. Memory is the most that a process of its own holds more than before it made the model,
-over two steps. The first run makes an environment with transformers (`benchmarks/huggingface.py`).
+Forward, losses and backward of the recipe and of its peer, in turns in one run: the same backbone
+(ResNet-50), pictures, masks, texts, queries, layers, points and classes, random weights. Seconds of this
+process's CPU, or with --wall of the clock. Memory is the most that a process of its own holds more than
+before it made the model, over two steps. The first run makes an environment with transformers
+(`benchmarks/huggingface.py`).
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -114,7 +114,10 @@ def _padded(texts: list[str]) -> Tensor:
     return nn.functional.pad(ids, (0, CONTEXT - ids.shape[1]))
 
 
-SIDES: Mapping[str, Callable[[str], tuple[nn.Module, Callable[[], Tensor]]]] = {"ours": ours, "theirs": theirs}
+SIDES: Mapping[str, Callable[[str], tuple[nn.Module, Callable[[], Tensor]]]] = {
+    "ours": ours,
+    "theirs": theirs,
+}
 
 
 def step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
@@ -176,8 +179,10 @@ def grown_mb(recipe: str, side: str) -> float:
 
 
 def _held_mb() -> float:
-    """The most that this process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: kilobytes
+    """The most that this process ever held. Linux alone: `ru_maxrss` would start with the parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return int(kilobytes) / 1024
 
 
 def main() -> None:
@@ -196,7 +201,8 @@ def main() -> None:
     clock = time.perf_counter if arguments.wall else time.process_time
     seconds = "wall" if arguments.wall else "CPU"
     for recipe in arguments.recipes:
-        print(f"\n{recipe}, ResNet-50, {PICTURES} pictures of {SIDE} pixels, {QUERIES} queries; {seconds} seconds")
+        size = f"{PICTURES} pictures of {SIDE} pixels, {QUERIES} queries"
+        print(f"\n{recipe}, ResNet-50, {size}; {seconds} seconds")
         compare(recipe, arguments.rounds, clock)
         held = {side: peak_mb(recipe, side) for side in SIDES}
         print("memory " + ", ".join(f"{side} {mb:.0f} MB" for side, mb in held.items()), flush=True)

@@ -3,10 +3,11 @@
     python -m jobs jobs/rebuild.yaml demo.train_scenes=1500 demo.train_pairs=1500 demo.val_scenes=150
     python -m benchmarks.zeroshot store      all recipes, three seeds each: seen, unseen, harmonic mean, ZS3
 
-The first makes the demo world, where two classes have no mask in training. Every recipe has the same backbone,
-pixel decoder, text encoder, pictures and steps (jobs/pretrain.yaml, smaller: `SIZE`) and reads class names alone
-but for `with_captions`. Those with segments name them by mask pooling too, as the demo does. Scores are mIoU of
-GZS3: all classes are allowed at every pixel; the last is ZS3: the unseen alone are allowed, and scored.
+The first makes the demo world, where two classes have no mask in training. Every recipe has the same
+backbone, pixel decoder, text encoder, pictures and steps (jobs/pretrain.yaml, smaller: `SIZE`) and reads
+class names alone but for `with_captions`. Those with segments name them by mask pooling too, as the demo
+does. Scores are mIoU of GZS3: all classes are allowed at every pixel; the last is ZS3: the unseen alone are
+allowed and scored.
 
 Every finished training is a line of store/zeroshot.jsonl, and is not repeated: an interrupted run goes on.
 """

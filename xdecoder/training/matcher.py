@@ -87,7 +87,9 @@ def match(
     returns        L * R pairs (queries int64[n], targets int64[n]), requests fastest
     """
     layers, rows = class_costs.shape[:2]
-    places = torch.rand(layers, rows, points, 2, device=truth.device)
+    places = torch.rand(layers * rows, points, 2, device=truth.device).unflatten(0, (layers, rows))
+    if not truth.shape[1]:
+        return assign(class_costs.flatten(0, 1), counts * layers)
     whole = F.interpolate(truth, size=mask_logits.shape[-2:]).flatten(2)
     totals = []
     for costs, logits, where in zip(class_costs.float(), mask_logits, places, strict=True):
