@@ -54,8 +54,7 @@ def fpn_difference(coarsest: int, *, transformer: bool) -> float:
         # Mask2Former, Table 1 (44 and 216 M; also in the reference, "Mask2Former numbers")
         ("mask2former", (), 44, 0, ()),
         ("mask2former_swin_l", (), 216, 0, ()),
-        # MaskFormer, arXiv 2107.06278, "#params." of Table 3 (R50 + 6 Enc) and Table 1 (Swin-L); the model zoo
-        # lists none
+        # MaskFormer, arXiv 2107.06278, "#params." of Table 3 (R50 + 6 Enc) and Table 1 (Swin-L)
         ("maskformer", (), 45, 0, ()),
         ("maskformer_swin_l", (), 212, fpn_difference(1536, transformer=True), ()),
         # "#params" of SHI-Labs/OneFormer's README (Swin-L and ConvNeXt-L on ADE20K); R50: the reference, 1.13
