@@ -62,6 +62,7 @@ UNCOMPARED: Mapping[str, str] = {
     "coco_text_emb": "class names of the training: embeddings whose texts are not recorded, given to both",
     "seg_loss_matches": "which latent was matched to which noun, given to both; other matches of classes, "
     "masks and phrases would change their losses",
+    "weight_dict": "weights, which ours are made from: those of the last layer, as all layers have the same",
     "captioning_infer.texts": "the recorded tokens once more, in words",
     "captioning_infer_masked.texts": "the same",
     "grads, of the text encoder": "class names, nouns and phrases taught it, too, and are recorded as "
