@@ -166,3 +166,5 @@ def test_a_closed_classifier_has_a_column_for_each_class_of_the_data() -> None:
     job = recipe("mask2former")
     with pytest.raises(ValueError, match="model.classes is 133, the dataset has 5 classes with masks"):
         Objective(XDecoder(unfetched(small_model(job))), job.train.loss, VOCABULARY)
+    closed = XDecoder(small_model(recipe("oneformer"), classes=2))
+    assert not len(closed.class_texts(["dog", "cat"]).ids)  # and no name is read, step after step

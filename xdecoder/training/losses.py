@@ -518,7 +518,8 @@ def _match(
     config, kind = scene.config, scene.config.pixelwise
     weights = (config.class_ce, getattr(config, f"mask_{kind}"), config.mask_dice)
     with torch.no_grad():
-        masks = torch.stack([scene.model.masks(p, scene.pixels, images) for p in predictions])
+        features = scene.pixels.mask_features.index_select(0, images)
+        masks = torch.einsum("lrod,rdhw->lrohw", _stack(predictions, "mask_embed"), features)
     return match(class_costs, masks, truth, list(counts), weights, config.points, kind)
 
 
