@@ -79,7 +79,7 @@ def mask2former(draw: torch.Generator) -> Compared:
     bce, dice = losses.mask_losses(masks[None], truth, pairs, CONFIG)
     yield "mask loss, bce", bce, theirs["loss_mask"]
     yield "mask loss, dice", dice, theirs["loss_dice"]
-    ours = losses.class_loss(logits[None], labels, pairs, CONFIG.no_object)
+    ours = losses.class_loss(logits[None], labels, pairs, CONFIG.no_object_weight)
     yield "class loss", ours, theirs["loss_cross_entropy"]
     torch.manual_seed(seed)
     yield "pairs", _table(pairs), _table(oracle.matcher(masks, logits, listed, named))

@@ -534,7 +534,7 @@ def _scene(run: _Run) -> losses.Scene:
     width, decoder, weights = run.model.config.width, run.decoder, run.golden["weight_dict"]
     config = LossConfig(
         **{ours: weights[f"{theirs}_0"] for ours, theirs in TERMS.items()},
-        no_object=decoder["NO_OBJECT_WEIGHT"],
+        no_object_weight=decoder["NO_OBJECT_WEIGHT"],
         points=decoder["TRAIN_NUM_POINTS"],
         oversample=decoder["OVERSAMPLE_RATIO"],
         importance=decoder["IMPORTANCE_SAMPLE_RATIO"],

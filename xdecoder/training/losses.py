@@ -76,7 +76,7 @@ def _mask_classification(
     pairs = _MATCHING[scene.config.matching](scene, work, logits, outputs.predictions, targets)
     last = scene.config.class_layers  # 0 leaves nothing out
     named = pairs[-last * len(work.images) :]
-    terms = {"class_ce": class_loss(logits[-last:], targets.labels, named, scene.config.no_object)}
+    terms = {"class_ce": class_loss(logits[-last:], targets.labels, named, scene.config.no_object_weight)}
     kind = scene.config.pixelwise
     drawn = _matched_masks(scene, outputs.predictions, work.images, pairs)
     terms[f"mask_{kind}"], terms["mask_dice"] = matched_losses(
