@@ -660,7 +660,10 @@ def _recorded_draws(run: _Run) -> tuple[list[Draws], list[Draws]]:
 
 
 class _Drawn(TorchFunctionMode):
-    """Inside, `torch.rand` gives recorded draws, in order. Raises `ValueError` where a shape does not fit."""
+    """Inside, `torch.rand` gives recorded draws, in order, all rows of one or some of them at a time.
+
+    Raises `ValueError` where a shape does not fit.
+    """
 
     def __init__(self, draws: Iterable[Tensor]) -> None:
         super().__init__()
@@ -669,11 +672,14 @@ class _Drawn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.rand:
             return func(*args, **(kwargs or {}))
-        drawn = self.draws.pop(0) if self.draws else torch.empty(0)
+        recorded = self.draws.pop(0) if self.draws else torch.empty(0)
+        drawn, rest = recorded[: args[0]], recorded[args[0] :]
         if drawn.shape != args:
             raise ValueError(
-                f"seg_loss_rand_log: {list(args)} numbers are drawn, recorded are {list(drawn.shape)}"
+                f"seg_loss_rand_log: {list(args)} numbers are drawn, recorded are {list(recorded.shape)}"
             )
+        if len(rest):
+            self.draws.insert(0, rest)
         return drawn
 
 

@@ -28,6 +28,7 @@ from xdecoder.training.batch import AnswerTargets, MaskTargets, PhraseTargets, W
 from xdecoder.training.matcher import ALPHA, GAMMA, Pairs, Pixelwise, match, match_fixed, sample_points
 
 Terms = dict[str, Tensor]
+_MASKS_AT_ONCE = 16  # whose points are chosen and read: bounds memory, not results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +195,15 @@ def matched_losses(
         zero = logits.sum() * 0
         return zero, zero
     _, row, _, target = matched(pairs, rows).to(logits.device).unbind(1)
-    predicted, wanted = logits[:, None].float(), truth[row, target][:, None]
+    predicted = logits[:, None].float()
     if config.points:
         places = uncertain_points(predicted, config)
-        x, y = sample_points(predicted, places)[:, 0], sample_points(wanted, places)[:, 0]
+        x = sample_points(predicted, places)[:, 0]
+        some = zip(*(parts.split(_MASKS_AT_ONCE) for parts in (row, target, places)), strict=True)
+        y = torch.cat([sample_points(truth[r, t][:, None], p)[:, 0] for r, t, p in some])
     else:
         x = F.interpolate(predicted, size=truth.shape[-2:], mode="bilinear", align_corners=False).flatten(1)
-        y = wanted.flatten(1)
+        y = truth[row, target].flatten(1)
     p = x.sigmoid()
     dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
     return _PIXELWISE[pixelwise](x, y).mean(1).sum() / number, dice.sum() / number
@@ -228,10 +231,15 @@ def uncertain_points(logits: Tensor, config: LossConfig) -> Tensor:
     (PointRend).
     """
     count, certain = len(logits), round(config.importance * config.points)
-    drawn = torch.rand(count, round(config.oversample * config.points), 2, device=logits.device)
-    doubt = -sample_points(logits, drawn)[:, 0].abs()
-    kept = drawn.gather(1, doubt.topk(certain, 1, sorted=False).indices[..., None].expand(-1, -1, 2))
-    return torch.cat((kept, torch.rand(count, config.points - certain, 2, device=logits.device)), 1)
+    kept = []
+    for maps in logits.split(_MASKS_AT_ONCE):
+        places = torch.rand(len(maps), round(config.oversample * config.points), 2, device=logits.device)
+        doubt = -sample_points(maps, places)[:, 0].abs()
+        best = doubt.topk(certain, 1, sorted=False).indices[..., None]
+        kept.append(places.gather(1, best.expand(-1, -1, 2)))
+    return torch.cat(
+        (torch.cat(kept), torch.rand(count, config.points - certain, 2, device=logits.device)), 1
+    )
 
 
 def _query_text(scene: Scene, initial: Tensor, sentences: Tensor) -> Tensor:
