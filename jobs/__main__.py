@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from jobs import cluster, console, dispatch, store
-from schemas.jobs import AnyJob, PretrainJob, load
+from schemas.jobs import AnyJob, EvaluateJob, PretrainJob, load
 from schemas.tasks import TASKS
 
 Commands = Any  # argparse does not name the type of its subparsers
@@ -87,6 +87,9 @@ def _predict(arguments: argparse.Namespace) -> int:
     from jobs.tracking import connect
     from xdecoder.inference.predictor import Predictor
 
+    settings = [f"evaluate.zeroshot.{setting}" for setting in arguments.zeroshot]
+    asked = load(Path(__file__).with_name("evaluate.yaml"), settings)
+    assert isinstance(asked, EvaluateJob)
     folder = arguments.folder
     if folder is None:
         root = store.resolve(arguments.store)
@@ -98,6 +101,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         texts=tuple(arguments.text),
         classes=arguments.classes,
         beams=arguments.beams,
+        zeroshot=asked.evaluate.zeroshot,
     )
     answers = predict(Predictor.load(folder), request)
     paths = write(answers, arguments.out)
@@ -263,6 +267,13 @@ def _add_predict(commands: Commands) -> None:
     )
     command.add_argument("--classes", default="", help='"red circle, grass"; new ones as "lava:stuff"')
     command.add_argument("--beams", type=int, default=1, help="captions followed at a time; 1 is greedy")
+    command.add_argument(
+        "--zeroshot",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as evaluate.zeroshot of a job file, for --task semantic: gamma=0.1, regions=cropmask ...",
+    )
     command.add_argument("--out", type=Path, default=Path("out"))
     command.add_argument("--model", default="demo")
     command.add_argument("--version", default="champion", help="a number, an alias or 'latest'")

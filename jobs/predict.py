@@ -10,10 +10,12 @@ from typing import Any
 
 from PIL import Image
 
+from schemas.jobs import ZeroShotConfig
 from schemas.tasks import TASKS
 from schemas.taxonomy import Category, Taxonomy
 from xdecoder.inference.generate import Search
 from xdecoder.inference.predictor import Picture, Predictor
+from xdecoder.inference.zeroshot import ZeroShot
 
 KINDS = {"thing": True, "stuff": False}
 
@@ -21,7 +23,8 @@ KINDS = {"thing": True, "stuff": False}
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What is asked. `texts` are phrases, questions or texts to rank by; `classes` names between commas;
-    `beams` are those of captioning, 1 is greedy.
+    `beams` are those of captioning, 1 is greedy; `zeroshot` tells the semantic task's classes that had no
+    mask in training.
     """
 
     images: tuple[Picture, ...]
@@ -29,6 +32,7 @@ class Request:
     texts: tuple[str, ...] = ()
     classes: str = ""
     beams: int = 1
+    zeroshot: ZeroShotConfig = ZeroShotConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ def predict(predictor: Predictor, request: Request) -> list[Answer]:
     if request.task not in TASKS:
         near = _nearest(request.task, TASKS)
         raise ValueError(f"unknown task {request.task!r}{near}; the tasks are {list(TASKS)}")
+    if request.zeroshot != ZeroShotConfig() and request.task != "semantic":
+        raise ValueError(f"zeroshot settings are of the task 'semantic', not of {request.task!r}")
     return ASK[request.task](predictor, request)
 
 
@@ -96,6 +102,12 @@ def _segment(method: Callable[..., Sequence[Any]], predictor: Predictor, request
     return _each(request, method(predictor, request.images, classes))
 
 
+def _semantic(predictor: Predictor, request: Request) -> list[Answer]:
+    classes = parse_classes(request.classes, predictor.vocabulary.taxonomy)
+    zeroshot = ZeroShot.of(request.zeroshot, predictor.model, predictor.card.image_text_size)
+    return _each(request, predictor.semantic(request.images, classes, zeroshot=zeroshot))
+
+
 def _caption(predictor: Predictor, request: Request) -> list[Answer]:
     return _each(request, predictor.caption(request.images, search=Search(beams=request.beams)))
 
@@ -123,7 +135,7 @@ def _retrieve(predictor: Predictor, request: Request) -> list[Answer]:
 
 
 ASK: dict[str, Callable[[Predictor, Request], list[Answer]]] = {
-    "semantic": partial(_segment, Predictor.semantic),
+    "semantic": _semantic,
     "instance": partial(_segment, Predictor.instance),
     "panoptic": partial(_segment, Predictor.panoptic),
     "referring": _refer,

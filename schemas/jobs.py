@@ -236,7 +236,9 @@ class LossConfig(Settings):
         description="phrases of a picture with equal words share their targets and are read once (X-Decoder)",
     )
     pixel_ce: float = Field(default=1.0, ge=0, description="per-pixel classification (model.output)")
-    no_object: Fraction = Field(default=0.1, description="weight of the no-object column in the class loss")
+    no_object_weight: Fraction = Field(
+        default=0.1, description="weight of the no-object column in the class loss"
+    )
     matching: Literal["bipartite", "fixed"] = Field(
         default="bipartite", description="fixed: latent i answers for class i (MaskFormer, semantic alone)"
     )

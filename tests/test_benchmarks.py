@@ -1,4 +1,4 @@
-"""Benchmarks run as written, on a few pictures, for a few steps, with a few shards."""
+"""Benchmarks run as written, small: a few pictures, a few steps, a few shards."""
 
 import argparse
 import hashlib
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import TAXONOMY, endless, samples
 
-from benchmarks import loader, scale
+from benchmarks import loader, oracle, peers, scale
 from benchmarks.zeroshot import JOB, RECIPES, World, trial
 from schemas.jobs import PretrainJob, load
 
@@ -33,10 +34,28 @@ def test_every_recipe_of_the_zero_shot_benchmark_is_trained_and_scored(name: str
     )
     job = load(JOB, [*RECIPES[name], *SMALL])
     assert isinstance(job, PretrainJob)
-    seen, unseen, harmonic = trial(job, world, seed=1)
+    seen, unseen, harmonic, alone = trial(job, world, seed=1)
     assert all(0 <= score <= 100 for score in (seen, unseen, harmonic))
     expected = 2 * seen * unseen / (seen + unseen) if seen + unseen else 0
     assert math.isclose(harmonic, expected, abs_tol=1e-9)
+    assert alone == 100  # ZS3: the one unseen class is the only label allowed, where it is
+
+
+@pytest.mark.parametrize("recipe", peers.LATENTS)
+def test_our_side_of_the_comparison_takes_a_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "SIDE", 64)
+    monkeypatch.setitem(peers.LATENTS, recipe, 17)
+    objective, loss = peers.ours(recipe)
+    assert math.isfinite(peers.step(objective, loss)())
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in objective.parameters())
+
+
+def test_the_oracle_notices_a_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    equal, other = torch.tensor([3.0, 100.0]), torch.tensor([3.0, 100.0 * (1 + 1e-5)])
+    assert oracle.difference(equal, equal) == 0
+    oracle.report({"class loss": oracle.difference(other, equal), "pairs": 0.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert "DIFFERS" in first and "DIFFERS" not in second
 
 
 @pytest.mark.parametrize("content", loader.CONTENTS)

@@ -171,6 +171,8 @@ def test_a_registry_without_models_or_champion(
         (["--task", "referring"], "needs a phrase: give it with --text"),
         (["--task", "vqa", "--text", " "], "needs a question"),
         (["--task", "retrieval"], "needs a text to rank by"),
+        (["--zeroshot", "gamma=0.1"], "zeroshot settings are of the task 'semantic', not of 'panoptic'"),
+        (["--task", "semantic", "--zeroshot", "gama=0.1"], "did you mean 'gamma'?"),
     ],
 )
 def test_what_cannot_be_asked(
@@ -219,6 +221,30 @@ def test_every_task_answers_with_pictures_and_json(
     (document,) = json.loads(capsys.readouterr().out)
     assert {"name", *json.loads((out / min(written)).read_text(encoding="utf-8"))} == set(document)
     assert all(Image.open(out / name).size[0] >= 64 for name in written if name.endswith(".png"))
+
+
+def test_zero_shot_settings_tell_classes_that_had_no_mask(
+    home: Path, tmp_path: Path, model: Path, photo: Path
+) -> None:
+    """Calibration at its most leaves nothing to classes that the training had."""
+    from tiny import TAXONOMY
+
+    found = {}
+    known = ", ".join(TAXONOMY.names)
+    for gamma in ("0", "1"):
+        out = tmp_path / gamma
+        arguments = [
+            "--task",
+            "semantic",
+            "--classes",
+            f"{known}, lava:stuff",
+            "--zeroshot",
+            f"gamma={gamma}",
+        ]
+        assert main(["predict", str(photo), "--folder", str(model), "--out", str(out), *arguments]) == 0
+        document = json.loads((out / "photo-semantic.json").read_text(encoding="utf-8"))
+        found[gamma] = {entry["category"] for entry in document["classes"]}
+    assert found["0"] & set(TAXONOMY.names) and found["1"] == {"lava"}
 
 
 def test_pictures_of_one_name_do_not_overwrite_each_other(

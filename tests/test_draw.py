@@ -1,4 +1,4 @@
-"""Laws of the pictures: stable colours, masks exactly where they are, texts inside the sheet."""
+"""Laws of the pictures: colours that are told apart, masks exactly where they are, texts inside the sheet."""
 
 import numpy as np
 import pytest
@@ -22,23 +22,29 @@ LABELS[4:20, 8:40] = 1
 LABELS[30:44, 30:60] = 2
 
 
+KNOWN = ("dog", "grass", "unused")
+
+
 def over(picture: Image.Image, image: np.ndarray = IMAGE) -> np.ndarray:
     """The part of the sheet that shows the picture, one pixel for each of the original."""
     factor = picture.width // image.shape[1]
     return np.asarray(picture)[factor // 2 : image.shape[0] * factor : factor, factor // 2 :: factor]
 
 
-def test_a_name_has_the_same_colour_in_every_process() -> None:
-    assert colour("red circle") == (229, 244, 89)  # computed once; a change would recolour old pictures
-    assert len({colour(f"class {i}") for i in range(100)}) == 100
+def test_colours_are_told_apart() -> None:
+    for count, least in ((16, 60), (40, 25)):
+        chosen = np.array([colour(i) for i in range(count)])
+        apart = np.linalg.norm(chosen[:, None] - chosen, axis=-1)
+        assert apart[~np.eye(count, dtype=bool)].min() > least
+    assert len({colour(i) for i in range(1000)}) > 990
 
 
 @pytest.mark.parametrize(
     "picture",
     [
-        draw_panoptic(IMAGE, LABELS, {1: "dog", 2: "grass"}),
+        draw_panoptic(IMAGE, LABELS, {1: "dog", 2: "grass"}, KNOWN),
         draw_semantic(IMAGE, LABELS - 1, ["dog", "grass", "unused"]),
-        draw_instances(IMAGE, np.stack([LABELS == 1, LABELS == 2]), ["dog", "grass"], [0.9, 0.4]),
+        draw_instances(IMAGE, np.stack([LABELS == 1, LABELS == 2]), ["dog", "grass"], KNOWN, [0.9, 0.4]),
         draw_masks(IMAGE, np.stack([LABELS == 1, LABELS == 2]), ["dog", "grass"]),
     ],
     ids=["panoptic", "semantic", "instances", "masks"],
@@ -48,16 +54,16 @@ def test_masks_are_coloured_and_all_else_is_left_as_it_was(picture: Image.Image)
     np.testing.assert_array_equal(drawn[LABELS == 0], plain[LABELS == 0])
     for i, name in ((1, "dog"), (2, "grass")):
         corner = tuple(np.argwhere(np.equal(LABELS, i))[0] + 1)  # away from the text in the middle
-        expected = plain[corner] + draw.OPACITY * (np.array(colour(name)) - plain[corner])
+        expected = plain[corner] + draw.OPACITY * (np.array(colour(KNOWN.index(name))) - plain[corner])
         np.testing.assert_allclose(drawn[corner], expected, atol=1)
     assert picture.height > 48 * 6, "a legend stands below"
 
 
 def test_the_best_instance_lies_on_top() -> None:
     both = np.ones((2, 48, 64), bool)
-    top = draw_instances(IMAGE, both, ["dog", "grass"], [0.9, 0.4])
+    top = draw_instances(IMAGE, both, ["dog", "grass"], KNOWN, [0.9, 0.4])
     edge = np.asarray(top)[0, 0]
-    assert tuple(edge) == colour("dog")
+    assert tuple(edge) == colour(KNOWN.index("dog"))
 
 
 def test_small_pictures_are_enlarged_by_a_whole_factor_and_large_ones_kept() -> None:
@@ -76,9 +82,9 @@ def test_long_texts_are_wrapped_inside_the_sheet(text: str) -> None:
 
 
 def test_nothing_to_draw_is_the_picture() -> None:
-    empty = draw_panoptic(IMAGE, LABELS, {})
+    empty = draw_panoptic(IMAGE, LABELS, {}, KNOWN)
     np.testing.assert_array_equal(np.asarray(empty), np.asarray(draw_text(IMAGE, [])))
-    none = draw_instances(IMAGE, np.zeros((0, 48, 64), bool), [], [])
+    none = draw_instances(IMAGE, np.zeros((0, 48, 64), bool), [], KNOWN, [])
     np.testing.assert_array_equal(np.asarray(none), np.asarray(empty))
     draw_masks(IMAGE, np.zeros((1, 48, 64), bool), ["an empty mask is only named"])
 

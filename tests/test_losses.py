@@ -369,6 +369,25 @@ def batch_of(task: str, count: int = 2) -> Batch:
     return make(samples(count), list(range(count)))
 
 
+def test_matched_masks_are_those_of_all_masks_with_the_same_gradient() -> None:
+    """Pictures asked twice, in another order; a request without a match among them."""
+    of, batch = model(), batch_of("panoptic")
+    scene, images = scene_of(of, batch), torch.tensor([1, 0, 1])
+    asked = of.ask(scene.pixels, "segmentation", images, scene.tasks[[TASKS.index("panoptic")] * 3])
+    predictions = asked.predictions[-2:]
+    pairs = [pair([5, 2], [0, 1]), pair([], []), pair([7], [0]), pair([0, 1], [1, 0]), pair([3], [0])]
+    pairs.append(pair([2], [0]))
+    layer, row, query, _ = losses.matched(pairs, len(images)).unbind(1)
+    every = torch.stack([of.masks(p, scene.pixels, images) for p in predictions])[layer, row, query]
+    alone = losses._matched_masks(scene, predictions, images, pairs)
+    torch.testing.assert_close(alone, every)
+    weight = of.decoder.mask_embed[0].weight
+    gradients = [
+        torch.autograd.grad((m * noise(*m.shape)).sum(), weight, retain_graph=True) for m in (alone, every)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 def test_captioning_equals_its_formula() -> None:
     of, batch = model(), batch_of("captioning")
     (work,) = batch.works

@@ -106,9 +106,10 @@ def test_the_weights_decide_between_class_and_mask() -> None:
         assert targets.tolist() == expected
 
 
-def test_no_targets_and_no_pairs() -> None:
+@pytest.mark.parametrize("points", [16, 0])
+def test_no_targets_and_no_pairs(points: int) -> None:
     pairs = match(
-        torch.zeros(2, 1, 3, 0), torch.zeros(2, 1, 3, 8, 8), torch.zeros(1, 0, 8, 8), [0], (2, 5, 5), 16
+        torch.zeros(2, 1, 3, 0), torch.zeros(2, 1, 3, 8, 8), torch.zeros(1, 0, 8, 8), [0], (2, 5, 5), points
     )
     assert [len(queries) for queries, _ in pairs] == [0, 0]
 

@@ -31,7 +31,7 @@ from xdecoder.inference.predictor import Predictor
 from xdecoder.model.files import ModelCard
 from xdecoder.model.original import QUIRKS, load, main, model_config, read, translate
 from xdecoder.model.xdecoder import XDecoder
-from xdecoder.replay import replay
+from xdecoder.replay import UNCOMPARED, replay
 from xdecoder.training.losses import equal_phrases, grounding_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,14 +74,18 @@ def test_every_stage_equals_the_original(capsys: pytest.CaptureFixture[str]) -> 
 # Records that no later stage starts from, and the stage that must notice each.
 LEAVES: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     "pixels": lambda g: g["batched"],
+    "pixel decoder, encoder": lambda g: g["pixel_decoder"]["transformer_encoder_features"],
     "text, tokens": lambda g: g["text"]["token_emb"],
+    "text, sentences of phrases": lambda g: g["grounding_eval_in"]["class_emb"],
     "segmentation, layer 2": lambda g: g["seg_eval_heads"][2]["outputs_mask"],
     "referring, layer 1": lambda g: g["grounding_eval_heads"][1]["outputs_caption"],
     "captioning, layer 3": lambda g: g["vlp_train_heads"][3]["outputs_captionting"],
+    "captioning, outputs": lambda g: g["vlp_train"]["aux_outputs"][1]["pred_captionings"],
     "answers, semantic": lambda g: g["evaluate"][1]["sem_seg"],
     "retrieval, decoder": lambda g: g["retrieval_eval"]["image_embed_decoder"],
     "loss, mask_dice": lambda g: g["seg_losses_unweighted"]["loss_mask_dice_1"],
     "loss, captioning": lambda g: g["vlp_losses_unweighted"]["loss_captioning_0"],
+    "gradient, nouns by the meanings": lambda g: g["grad_loss_caption_0_wrt_pred_captions"],
     "loss, weighted sum": lambda g: g["total_weighted_loss"],
     "gradients, decoder": lambda g: g["grads"][HEAD + "query_feat.weight"],
 }
@@ -91,11 +95,67 @@ LEAVES: dict[str, Callable[[dict[str, Any]], Tensor]] = {
 def test_a_changed_record_is_noticed_at_its_stage_and_nowhere_else(golden: dict[str, Any]) -> None:
     content = copy.deepcopy({k: v for k, v in golden.items() if k != "state_dict"})
     for record in LEAVES.values():
-        some = record(content).view(-1)[::7]
-        some += torch.linspace(0.5, 1, len(some)) * (record(content).abs().mean() + 0.1)
+        changed = record(content)
+        more = torch.zeros(changed.numel())
+        more[::7] = torch.linspace(0.5, 1, len(more[::7])) * (changed.abs().mean() + 0.1)
+        changed += more.view(changed.shape)
     unequal = [s.name for s in replay(content | {"state_dict": golden["state_dict"]}) if not s.equal]
-    also = "answers from the picture, semantic"  # reads the same record
-    assert sorted(unequal) == sorted([*LEAVES, also])
+    also = ["answers from the picture, semantic", "beside phrases, layer 1"]  # they read the same records
+    assert sorted(unequal) == sorted([*LEAVES, *also])
+
+
+class Watched(dict[str, Any]):
+    """A mapping that knows which of its keys were read, through those inside it, too."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__({key: watched(value) for key, value in content.items()})
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def items(self) -> Any:
+        self.read |= set(self)
+        return super().items()
+
+    def values(self) -> Any:
+        self.read |= set(self)
+        return super().values()
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self.items()) | dict(other.items())
+
+    def unread(self, place: str = "") -> list[str]:
+        """Where something is recorded that nobody read."""
+        found: list[str] = []
+        for key, value in super().items():
+            inner = value if isinstance(value, list) else [value]
+            parts = [part for part in inner if isinstance(part, Watched)]
+            found += [path for part in parts for path in part.unread(f"{place}{key}.")]
+            nothing = all(part is None for part in inner)  # boxes, which there are none of
+            if not parts and not nothing and key not in self.read:
+                found.append(f"{place}{key}")
+        return found
+
+
+def watched(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Watched(value)
+    return [watched(part) for part in value] if isinstance(value, list) else value
+
+
+@needs_golden
+def test_what_is_recorded_is_read_or_listed_with_a_reason(golden: dict[str, Any]) -> None:
+    content = Watched(golden)
+    list(replay(content))
+    unlisted = [path for path in content.unread() if not path.startswith(tuple(UNCOMPARED))]
+    assert not unlisted
+    assert content.unread()  # "image_sizes" is neither read nor compared: reading is noticed
 
 
 @needs_golden

@@ -54,16 +54,17 @@ def fpn_difference(coarsest: int, *, transformer: bool) -> float:
         # Mask2Former, Table 1 (44 and 216 M; also in the reference, "Mask2Former numbers")
         ("mask2former", (), 44, 0, ()),
         ("mask2former_swin_l", (), 216, 0, ()),
-        # MaskFormer, Table 3 (R50 + 6 encoder layers), Table 1 (Swin-L)
+        # MaskFormer, arXiv 2107.06278, "#params." of Table 3 (R50 + 6 Enc) and Table 1 (Swin-L)
         ("maskformer", (), 45, 0, ()),
         ("maskformer_swin_l", (), 212, fpn_difference(1536, transformer=True), ()),
-        # OneFormer README, "#params", and the reference, 1.13
+        # "#params" of SHI-Labs/OneFormer's README (Swin-L and ConvNeXt-L on ADE20K); R50: the reference, 1.13
         ("oneformer", (), 47, 0, MAPPER),
         ("oneformer_swin_l", (), 219, 0, MAPPER),
         ("oneformer_convnext_l", (), 220, 0, MAPPER),
-        # MaskFormer, Table 1: 60 M with R101, which groups; CLIP's texts come on top
+        # MaskFormer, Table 1: 60 M with R101; it groups, and CLIP's texts come on top
         ("zegformer", (), 60, fpn_difference(2048, transformer=True), ("text.",)),
-        # MaskFormer, Table 1: 41 M with R50, the parts of PerPixelBaseline+ but for the class head
+        # not published, but MaskFormer's own is: 41 M with R50 (Table 1), and the two "differ only in the
+        # formulation" (section 4)
         ("per_pixel_plus", (), 41, fpn_difference(2048, transformer=True), ()),
         # not published; MaskFormer, 2.2 by hand: R50, three laterals, four outputs, mask features, 150 logits
         (
@@ -165,3 +166,5 @@ def test_a_closed_classifier_has_a_column_for_each_class_of_the_data() -> None:
     job = recipe("mask2former")
     with pytest.raises(ValueError, match="model.classes is 133, the dataset has 5 classes with masks"):
         Objective(XDecoder(unfetched(small_model(job))), job.train.loss, VOCABULARY)
+    closed = XDecoder(small_model(recipe("oneformer"), classes=2))
+    assert not len(closed.class_texts(["dog", "cat"]).ids)  # and no name is read, step after step

@@ -56,8 +56,8 @@ def test_nothing_is_fetched() -> None:
     ("name", "published"),
     [
         ("oneformer_swin_l", 436),  # OneFormer, ADE20K at 640 pixels (1.13)
-        ("maskformer_swin_l", 375),  # MaskFormer, ADE20K at 640 pixels (2.2)
-        ("per_pixel_plus", 53),  # MaskFormer, Table 1: R50 at 512 pixels, the same parts
+        ("maskformer_swin_l", 375),  # MaskFormer, arXiv 2107.06278, Table 1: ADE20K at 640 pixels
+        ("per_pixel_plus", 53),  # not published; MaskFormer's own with the same parts, Table 1: R50 at 512
     ],
 )
 def test_multiply_adds_are_near_the_papers(name: str, published: float) -> None:

@@ -21,13 +21,14 @@ from torch.overrides import TorchFunctionMode
 from schemas.jobs import LossConfig
 from schemas.tasks import TASKS, Task
 from xdecoder.inference import postprocess
-from xdecoder.inference.generate import greedy
+from xdecoder.inference.generate import GREEDY, captions, greedy
 from xdecoder.inference.postprocess import Frame
 from xdecoder.model.decoder import Level, Outputs, PatternName, Pixels, Prediction
 from xdecoder.model.original import load, model_config, translate
+from xdecoder.model.pixel_decoder import PixelDecoder
 from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import XDecoder
-from xdecoder.prompts import detokenize
+from xdecoder.prompts import detokenize, tokenize
 from xdecoder.training import losses
 from xdecoder.training.batch import CaptionTargets, MaskTargets, PhraseTargets, Targets, Work
 
@@ -50,9 +51,23 @@ DELIBERATE = (
     "class logits, too, clamp the scale at 100",
     "contrastive gradients are those of the joined batch; the original's are divided by the number of ranks",
     "questions are read as a whole and answered by texts; the original's VQA head is not taken over",
-    "not compared: gradients of the text encoder (class names, nouns and phrases of the training are "
-    "recorded as embeddings, not as texts), and captions of a region",
+    "a caption's words look at the cells that their region touches; the original takes the nearest pixel of "
+    "each (here ours do, too)",
 )
+# What is recorded and not compared, and why: the place in the file, or its beginning.
+UNCOMPARED: Mapping[str, str] = {
+    "config": "settings, which ours are made from",
+    "image_sizes": "the pictures say them",
+    "seg_targets": "truths, given to both",
+    "coco_text_emb": "class names of the training: embeddings whose texts are not recorded, given to both",
+    "seg_loss_matches": "which latent was matched to which noun, given to both; other matches of classes, "
+    "masks and phrases would change their losses",
+    "weight_dict": "weights, which ours are made from: those of the last layer, as all layers have the same",
+    "captioning_infer.texts": "the recorded tokens once more, in words",
+    "captioning_infer_masked.texts": "the same",
+    "grads, of the text encoder": "class names, nouns and phrases taught it, too, and are recorded as "
+    "embeddings alone",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +130,8 @@ class _Run:
         self.followed, self.masked = "", 0
         self.cross_mask = self.model.decoder._cross_mask
         setattr(self.model.decoder, "_cross_mask", self._settled)  # noqa: B010
+        self.outside = self.model.decoder._outside
+        setattr(self.model.decoder, "_outside", self._nearest)  # noqa: B010
 
     def follow(self, heads: str) -> None:
         """From here on, attention masks are settled by those of this record."""
@@ -140,6 +157,13 @@ class _Run:
         part = ours[:, 0, : doubtful.shape[1]]
         part.copy_(torch.where(doubtful, theirs, part))
         return ours
+
+    def _nearest(self, level: Level, images: Tensor, region: Tensor | None) -> Tensor:
+        """As `Decoder._outside`, a cell of a region by its nearest pixel."""
+        if region is None:
+            return self.outside(level, images, region)
+        blocked = F.interpolate((~region)[:, None].float(), level.grid, mode="nearest").flatten(1) > 0.5
+        return blocked & ~blocked.all(-1, keepdim=True)
 
     def doubtful(self, prediction: Prediction, level: Level, images: Tensor, *, silent: bool) -> Tensor:
         """bool[R, O or Q, hw]: mask logits that are zero within rounding."""
@@ -199,7 +223,11 @@ def _pixels(run: _Run) -> Iterator[Stage]:
     recorded = list(golden["backbone"].values())
     for name, ours, theirs in zip(golden["backbone"], model.backbone(shown), recorded, strict=False):
         yield _near(f"backbone {name}", ours, theirs)
-    features, maps = model.pixel_decoder(recorded, torch.zeros_like(padding))
+    none = torch.zeros_like(padding)
+    assert isinstance(model.pixel_decoder, PixelDecoder)
+    encoded = model.pixel_decoder._encode(model.pixel_decoder.enter(recorded[-1]), none)
+    yield _near("pixel decoder, encoder", encoded, golden["pixel_decoder", "transformer_encoder_features"])
+    features, maps = model.pixel_decoder(recorded, none)
     yield _near("pixel decoder, mask features", features, golden["pixel_decoder", "mask_features"])
     for i, (ours, theirs) in enumerate(zip(maps, golden["pixel_decoder", "multi_scale"], strict=False)):
         yield _near(f"pixel decoder, level {i}", ours, theirs)
@@ -207,13 +235,34 @@ def _pixels(run: _Run) -> Iterator[Stage]:
 
 def _texts(run: _Run) -> Iterator[Stage]:
     golden = run.golden
+    yield _token_ids(run)
     text = run.model.text(golden["text", "input_ids"])
     yield _near("text, tokens", text.tokens, golden["text", "token_emb"])
     yield _near("text, sentences", text.sentence, golden["text", "class_emb"])
-    phrases, _ = _phrases(run)
+    yield _near("text, class names", F.normalize(text.sentence, dim=-1), golden["text", "class_emb_normed"])
+    phrases, sentences = _phrases(run)
     yield _near("text, tokens of phrases", phrases.tokens[0], golden["grounding_eval_in", "query_emb"])
+    yield _near("text, sentences of phrases", sentences[0], golden["grounding_eval_in", "class_emb"])
     caption = run.model.text(golden["vlp_in", "input_ids"])
     yield _near("text, tokens of captions", caption.tokens, golden["vlp_in", "token_emb"])
+    yield _near("text, sentences of captions", caption.sentence, golden["vlp_in", "class_emb"])
+    queries = torch.cat(list(golden["vlp_caption_tokens_after_forward"]))
+    yield _near("text, captions as queries", caption.tokens, queries)
+
+
+def _token_ids(run: _Run) -> Stage:
+    """Texts whose words have other ids than recorded, up to and with the end mark."""
+    golden, context = run.golden, run.model.config.context
+    other = 0
+    for texts, tokens in (
+        (golden["text", "texts"], golden["text"]),
+        (golden["vlp_in", "texts"], golden["vlp_in"]),
+        (golden["grounding_eval_in", "texts"], golden["grounding_eval_in", "tokens"]),
+    ):
+        ids, read = Golden(tokens)["input_ids"], Golden(tokens)["attention_mask"].bool()
+        for text, row, real in zip(texts, ids, read, strict=True):
+            other += tokenize([text], context)[0].tolist() != row[real].tolist()
+    return Stage(name="text, ids that differ", difference=other, tolerance=0)
 
 
 def _phrases(run: _Run) -> tuple[TextFeatures, Tensor]:
@@ -226,21 +275,20 @@ def _decoder(run: _Run) -> Iterator[Stage]:
     golden, pixels, words = run.golden, run.recorded_pixels(), run.model.text
     names = golden["text", "class_emb_normed"]
     pictures = len(golden["batched"])
-    run.follow("seg_eval_heads")
-    asked = run.ask(pixels, "segmentation", pictures)
-    yield from _heads(run, "segmentation", pixels, asked, golden["seg_eval_heads"], names)
-    run.follow("grounding_eval_heads")
-    asked = run.ask(pixels, "referring", 1, _phrases(run)[0])
-    yield from _heads(run, "referring", pixels, asked, golden["grounding_eval_heads"], names)
-    run.follow("vlp_train_heads")
-    asked = run.ask(pixels, "captioning", pictures, words(golden["vlp_in", "input_ids"]))
-    yield from _heads(run, "captioning", pixels, asked, golden["vlp_train_heads"], names)
     tokens = golden["seg_grounding_tokens_padded"].transpose(0, 1)
-    run.follow("seg_train_heads")
-    asked = run.ask(pixels, "referring", pictures, _as_text(tokens))
-    yield from _heads(
-        run, "referring, padded", pixels, asked, golden["seg_train_heads"], golden["coco_text_emb"]
+    layouts: tuple[tuple[str, PatternName, int, TextFeatures | None, str, Tensor], ...] = (
+        ("segmentation", "segmentation", pictures, None, "seg_eval", names),
+        ("referring", "referring", 1, _phrases(run)[0], "grounding_eval", names),
+        ("beside phrases", "segmentation", 1, None, "grounding_eval", names),
+        ("captioning", "captioning", pictures, words(golden["vlp_in", "input_ids"]), "vlp_train", names),
+        ("referring, padded", "referring", pictures, _as_text(tokens), "seg_train", golden["coco_text_emb"]),
+        ("beside phrases, padded", "segmentation", pictures, None, "seg_train", golden["coco_text_emb"]),
     )
+    for name, pattern, images, text, key, classes in layouts:
+        run.follow(f"{key}_heads")
+        asked = run.ask(pixels, pattern, images, text)
+        yield from _heads(run, name, pixels, asked, golden[f"{key}_heads"], classes)
+        yield _outputs(run, name, pixels, asked, golden[key], classes)
 
 
 def _heads(
@@ -251,31 +299,83 @@ def _heads(
     recorded: Sequence[Mapping[str, Any]],
     classes: Tensor,
 ) -> Iterator[Stage]:
-    """One stage a layer: meanings, masks, class logits, slots; and one for the attention masks of all."""
-    referring, alone = name.startswith("referring"), len(outputs.images) < len(pixels.pooled)
+    """One stage a layer: meanings, masks, class logits, slots; and one for the attention masks of all.
+
+    A referring request's latents are copies behind all others, which do as if no phrase were there.
+    """
+    referring, rows = name.startswith("referring"), run.rows(silent=name.startswith("referring"))
     moved = []
     for layer, (prediction, theirs) in enumerate(zip(outputs.predictions, recorded, strict=True)):
-        rows = run.rows(silent=referring)
-        whole = prediction if referring else prediction.with_image()
-        masks = run.model.masks(whole, pixels, outputs.images)
-        recorded_masks = theirs["outputs_mask"][:, rows]
-        if alone:  # other rounding: the original computed its maps anew, for one picture
-            masks, recorded_masks = masks.sigmoid(), recorded_masks.sigmoid()
-        pairs = [
-            (masks, recorded_masks),
-            (whole.semantic, theirs["outputs_caption"][:, rows]),
-            (run.model.similarity(whole.semantic, classes), theirs["outputs_class"][:, rows]),
-        ]
-        if theirs["outputs_captionting"] is not None and whole.text is not None:
-            pairs.append((run.model.caption_embed(whole.text), theirs["outputs_captionting"]))
-        yield Stage(name=f"{name}, layer {layer}", difference=_largest(pairs), tolerance=ABSOLUTE)
+        said = _said(run, name, pixels, outputs, prediction, classes)
+        kept = {kind: Golden(theirs)[f"outputs_{kind}"] for kind in said}
+        difference = _largest(_sides(run, name, pixels, outputs, said, kept))
+        yield Stage(name=f"{name}, layer {layer}", difference=difference, tolerance=ABSOLUTE)
         level = pixels.levels[layer % len(pixels.levels)]
         ours = run.cross_mask(prediction, level, outputs.images, run.queries, referring)
-        blocked = theirs["attn_mask"].unflatten(0, (len(masks), -1))[:, 0, rows]  # alike for all heads
+        count = len(outputs.images)
+        blocked = theirs["attn_mask"].unflatten(0, (count, -1))[:, 0, rows]  # alike for all heads
         clear = ~run.doubtful(prediction, level, outputs.images, silent=referring)
         clear &= ~blocked.all(-1, keepdim=True)  # of the last layer, whose mask blocks no layer, as it was
         moved.append(_largest([((ours[:, 0, : clear.shape[1]] & clear).float(), (blocked & clear).float())]))
     yield Stage(name=f"{name}, attention masks", difference=_worst(moved), tolerance=0)
+
+
+# What a prediction says -> its name among the outputs of the original.
+HANDED_ON = {
+    "mask": "pred_masks",
+    "caption": "pred_captions",
+    "class": "pred_logits",
+    "captionting": "pred_captionings",
+}
+
+
+def _outputs(
+    run: _Run, name: str, pixels: Pixels, outputs: Outputs, recorded: Mapping[str, Any], classes: Tensor
+) -> Stage:
+    """What the original hands on of all layers, the last on its own."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    layers = [*Golden(recorded)["aux_outputs"], recorded]
+    for prediction, theirs in zip(outputs.predictions, layers, strict=True):
+        said = _said(run, name, pixels, outputs, prediction, classes)
+        kept = {kind: theirs.get(HANDED_ON[kind]) for kind in said}
+        pairs += _sides(run, name, pixels, outputs, said, kept)
+    return Stage(name=f"{name}, outputs", difference=_largest(pairs), tolerance=ABSOLUTE)
+
+
+def _said(
+    run: _Run, name: str, pixels: Pixels, outputs: Outputs, prediction: Prediction, classes: Tensor
+) -> dict[str, Tensor]:
+    """What one layer says, under the original's names; the image query as one more latent."""
+    whole = prediction if name.startswith("referring") else prediction.with_image()
+    said = {
+        "mask": run.model.masks(whole, pixels, outputs.images),
+        "caption": whole.semantic,
+        "class": run.model.similarity(whole.semantic, classes),
+    }
+    if whole.text is not None:
+        said["captionting"] = run.model.caption_embed(whole.text)
+    return said
+
+
+def _sides(
+    run: _Run,
+    name: str,
+    pixels: Pixels,
+    outputs: Outputs,
+    said: Mapping[str, Tensor],
+    recorded: Mapping[str, Tensor | None],
+) -> list[tuple[Tensor, Tensor]]:
+    """Ours beside theirs, of what is recorded."""
+    rows, alone = run.rows(silent=name.startswith("referring")), len(outputs.images) < len(pixels.pooled)
+    pairs = []
+    for kind, theirs in recorded.items():
+        if theirs is None:
+            continue
+        ours, theirs = said[kind], theirs if kind == "captionting" else theirs[:, rows]
+        if kind == "mask" and alone:  # other rounding: the original computed its maps anew, for one picture
+            ours, theirs = ours.sigmoid(), theirs.sigmoid()
+        pairs.append((ours, theirs))
+    return pairs
 
 
 def _answers(run: _Run) -> Iterator[Stage]:
@@ -371,6 +471,12 @@ def _from_the_picture(run: _Run) -> Iterator[Stage]:
     ours = greedy(model, pixels, rows, torch.zeros(len(rows), model.config.width), steps)
     other = sum(a != b for a, b in zip(ours, theirs, strict=True))
     yield Stage(name="greedy captions that differ", difference=other, tolerance=0)
+    region = golden["captioning_infer_masked", "mask"] == 0  # theirs says what is blocked
+    theirs = [detokenize(row[1 : steps + 1]) for row in golden["captioning_infer_masked", "tokens"].tolist()]
+    no_task = torch.zeros(len(region), model.config.width)
+    ours = captions(model, pixels, rows[: len(region)], no_task, steps, GREEDY, region)
+    other = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    yield Stage(name="greedy captions of a region that differ", difference=other, tolerance=0)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -397,7 +503,7 @@ def _training(run: _Run) -> Iterator[Stage]:
     scene = _scene(run)
     run.follow("seg_train_heads")
     terms = _segmentation(run, scene) | _grounding(run, scene)
-    nouns = _noun_loss(run, scene)
+    nouns, slope = _noun_loss(run, scene)
     run.follow("vlp_train_heads")
     terms |= _image_text(run, scene)
     recorded = golden["seg_losses_unweighted"] | golden["vlp_losses_unweighted"]
@@ -405,6 +511,7 @@ def _training(run: _Run) -> Iterator[Stage]:
         theirs = TERMS.get(name, NOUNS)
         layers = [float(v) for k, v in recorded.items() if k.rpartition("_")[0] == theirs]
         yield _close(f"loss, {name}", value, torch.tensor(layers).sum())
+    yield _close("gradient, nouns by the meanings", slope, golden["grad_loss_caption_0_wrt_pred_captions"])
     whole = losses.total(terms, scene.config) + golden["weight_dict", f"{NOUNS}_0"] * nouns
     yield _close("loss, weighted sum", whole, golden["total_weighted_loss"])
     model.zero_grad()
@@ -427,7 +534,7 @@ def _scene(run: _Run) -> losses.Scene:
     width, decoder, weights = run.model.config.width, run.decoder, run.golden["weight_dict"]
     config = LossConfig(
         **{ours: weights[f"{theirs}_0"] for ours, theirs in TERMS.items()},
-        no_object=decoder["NO_OBJECT_WEIGHT"],
+        no_object_weight=decoder["NO_OBJECT_WEIGHT"],
         points=decoder["TRAIN_NUM_POINTS"],
         oversample=decoder["OVERSAMPLE_RATIO"],
         importance=decoder["IMPORTANCE_SAMPLE_RATIO"],
@@ -506,9 +613,13 @@ def _image_text(run: _Run, scene: losses.Scene) -> losses.Terms:
     return terms | losses.retrieval(ranked, _work("retrieval", images, targets), texts)
 
 
-def _noun_loss(run: _Run, scene: losses.Scene) -> Tensor:
-    """The original's contrast of latents and nouns (X-Decoder, 3.5), with its recorded matches."""
-    golden, total = run.golden, torch.zeros(())
+def _noun_loss(run: _Run, scene: losses.Scene) -> tuple[Tensor, Tensor]:
+    """The original's contrast of latents and nouns (X-Decoder, 3.5), with its recorded matches.
+
+    And the gradient of the last layer's by what its queries mean, float[R, O + Q, D]: of the image query and
+    of the phrases' copies it is zero.
+    """
+    golden, layers = run.golden, []
     truths, matches = golden["seg_targets"], golden["seg_loss_matches"]
     of_classes, of_nouns = ([m for kind, m in matches if kind == k] for k in ("default", "caption_womask"))
     predictions = run.ask(scene.pixels, "segmentation", len(truths)).predictions
@@ -527,8 +638,9 @@ def _noun_loss(run: _Run, scene: losses.Scene) -> Tensor:
         first = [names.index(name) for name in distinct]
         logits = run.model.similarity(torch.cat(rows), torch.cat(texts)[first])
         shared = F.one_hot(wanted).T / F.one_hot(wanted).sum(0)[:, None]
-        total = total + 0.7 * F.cross_entropy(logits, wanted) + 0.3 * F.cross_entropy(logits.T, shared)
-    return total
+        layers.append(0.7 * F.cross_entropy(logits, wanted) + 0.3 * F.cross_entropy(logits.T, shared))
+    (slope,) = torch.autograd.grad(layers[0], predictions[-1].semantic, retain_graph=True)
+    return torch.stack(layers).sum(), F.pad(slope, (0, 0, 0, run.queries))
 
 
 Draws = tuple[Tensor, Tensor, Tensor]  # of a layer: for the matcher, candidates of points, fresh points
@@ -548,7 +660,10 @@ def _recorded_draws(run: _Run) -> tuple[list[Draws], list[Draws]]:
 
 
 class _Drawn(TorchFunctionMode):
-    """Inside, `torch.rand` gives recorded draws, in order. Raises `ValueError` where a shape does not fit."""
+    """Inside, `torch.rand` gives recorded draws, in order, all rows of one or some of them at a time.
+
+    Raises `ValueError` where a shape does not fit.
+    """
 
     def __init__(self, draws: Iterable[Tensor]) -> None:
         super().__init__()
@@ -557,11 +672,14 @@ class _Drawn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.rand:
             return func(*args, **(kwargs or {}))
-        drawn = self.draws.pop(0) if self.draws else torch.empty(0)
+        recorded = self.draws.pop(0) if self.draws else torch.empty(0)
+        drawn, rest = recorded[: args[0]], recorded[args[0] :]
         if drawn.shape != args:
             raise ValueError(
-                f"seg_loss_rand_log: {list(args)} numbers are drawn, recorded are {list(drawn.shape)}"
+                f"seg_loss_rand_log: {list(args)} numbers are drawn, recorded are {list(recorded.shape)}"
             )
+        if len(rest):
+            self.draws.insert(0, rest)
         return drawn
 
 

@@ -2,12 +2,11 @@
 side.
 
 Numpy in, PIL images out; nothing is written. Small pictures are enlarged by a whole factor so that names can
-be read. A class has the same colour in every picture and every run. H W are the pixels of the picture as
-given.
+be read. A class has the same colour in every picture of one class list, by its place there. H W are the
+pixels of the picture as given.
 """
 
 import colorsys
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,38 +26,48 @@ OPACITY = 0.5
 WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (90, 90, 90)
 
 
-def colour(name: str) -> Colour:
-    """The colour of a class or phrase: a pure function of its name, bright enough to carry black text."""
-    digest = hashlib.sha256(name.encode()).digest()
-    hue, saturation = int.from_bytes(digest[:2]) / 65536, 0.55 + 0.45 * digest[2] / 255
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, 0.8 + 0.2 * digest[3] / 255)
+def colour(index: int) -> Colour:
+    """The colour of the class or phrase at a place of its list.
+
+    Hues go on by the golden angle, lightness and saturation in turn: no two of the first 16 are nearer than
+    60 of 255 levels, no two of the first 40 nearer than 25.
+    """
+    hue, lightness = index * (5**0.5 - 1) / 2 % 1, (0.62, 0.8, 0.46)[index % 3]
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, (1.0, 0.6)[index % 2])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def draw_panoptic(image: Array, labels: Array, names: Mapping[int, str]) -> Image.Image:
-    """uint8[H, W, 3], labels int[H, W], names by segment id; ids without a name (0) stay as they are."""
-    return _overlay(image, [labels == i for i in names], list(names.values()), list(names.values()))
+def draw_panoptic(image: Array, labels: Array, names: Mapping[int, str], known: Sequence[str]) -> Image.Image:
+    """uint8[H, W, 3], labels int[H, W], names by segment id; ids without a name (0) stay as they are.
+
+    known    all classes, whose order gives their colours; those beyond them take the next ones
+    """
+    return _overlay(image, [labels == i for i in names], list(names.values()), list(names.values()), known)
 
 
 def draw_semantic(image: Array, labels: Array, names: Sequence[str]) -> Image.Image:
     """uint8[H, W, 3], labels int[H, W] of class indices (negative: void), names of the classes."""
     present = [names[i] for i in np.unique(labels[labels >= 0])]
-    return _overlay(image, [labels == names.index(n) for n in present], present, present)
+    return _overlay(image, [labels == names.index(n) for n in present], present, present, names)
 
 
 def draw_instances(
-    image: Array, masks: Array, names: Sequence[str], scores: Sequence[float] | None = None
+    image: Array,
+    masks: Array,
+    names: Sequence[str],
+    known: Sequence[str],
+    scores: Sequence[float] | None = None,
 ) -> Image.Image:
     """uint8[H, W, 3], masks bool[n, H, W] best first (the first lies on top), a name and maybe a score for
-    each.
+    each; `known` as in `draw_panoptic`.
     """
     texts = names if scores is None else [f"{n} {s:.2f}" for n, s in zip(names, scores, strict=True)]
-    return _overlay(image, list(masks)[::-1], list(names)[::-1], list(texts)[::-1])
+    return _overlay(image, list(masks)[::-1], list(names)[::-1], list(texts)[::-1], known)
 
 
 def draw_masks(image: Array, masks: Array, captions: Sequence[str]) -> Image.Image:
     """uint8[H, W, 3], masks bool[P, H, W], the phrase for each, which stands in the legend only."""
-    return _overlay(image, list(masks), list(captions), [""] * len(captions))
+    return _overlay(image, list(masks), list(captions), [""] * len(captions), captions)
 
 
 def draw_text(image: Array, lines: Sequence[str]) -> Image.Image:
@@ -88,21 +97,24 @@ def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _overlay(image: Array, masks: Sequence[Array], names: Sequence[str], texts: Sequence[str]) -> Image.Image:
+def _overlay(
+    image: Array, masks: Sequence[Array], names: Sequence[str], texts: Sequence[str], known: Sequence[str]
+) -> Image.Image:
     """Masks in the colour of their names, later ones on top, with their texts where there is room."""
+    colours = {name: colour(i) for i, name in enumerate(dict.fromkeys((*known, *names)))}
     picture = _enlarged(image)
     factor = picture.width // image.shape[1]
     large = [m.repeat(factor, 0).repeat(factor, 1) for m in masks]
     pixels = np.asarray(picture).astype(np.float32)
     for mask, name in zip(large, names, strict=True):
-        pixels[mask] += OPACITY * (np.array(colour(name)) - pixels[mask])
-        pixels[mask & ~ndimage.binary_erosion(mask, iterations=2)] = colour(name)
+        pixels[mask] += OPACITY * (np.array(colours[name]) - pixels[mask])
+        pixels[mask & ~ndimage.binary_erosion(mask, iterations=2)] = colours[name]
     picture = Image.fromarray(pixels.round().astype(np.uint8))
     pen = ImageDraw.Draw(picture, "RGBA")
     for mask, text in zip(large, texts, strict=True):
         _write_inside(pen, mask, text)
     times = Counter(names)
-    return _over_strip(picture, [(colour(n), f"{n} x{k}" if k > 1 else n) for n, k in times.items()])
+    return _over_strip(picture, [(colours[n], f"{n} x{k}" if k > 1 else n) for n, k in times.items()])
 
 
 def _write_inside(pen: ImageDraw.ImageDraw, mask: Array, text: str) -> None:

@@ -1,5 +1,7 @@
 """One picture a task: what the model says beside what is true, for people to look at."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -19,17 +21,17 @@ def panoptic(sitting: Sitting, sample: Sample) -> Image.Image:
         object_threshold=config.object_threshold,
         overlap_threshold=config.overlap_threshold,
     )[0]
-    return draw.beside(_truth(sample), result.draw(), TITLES)
+    return draw.beside(_truth(sample, result.names), result.draw(), TITLES)
 
 
 def semantic(sitting: Sitting, sample: Sample) -> Image.Image:
     result = sitting.predictor.semantic([sample.image], sitting.taxonomy.seen())[0]
-    return draw.beside(_truth(sample), result.draw(), TITLES)
+    return draw.beside(_truth(sample, result.names), result.draw(), TITLES)
 
 
 def instance(sitting: Sitting, sample: Sample) -> Image.Image:
     result = sitting.predictor.instance([sample.image], sitting.taxonomy.seen())[0]
-    return draw.beside(_truth(sample, stuff=False), result.draw(), TITLES)
+    return draw.beside(_truth(sample, result.names, stuff=False), result.draw(), TITLES)
 
 
 def referring(sitting: Sitting, sample: Sample) -> Image.Image:
@@ -59,7 +61,8 @@ def vqa(sitting: Sitting, sample: Sample) -> Image.Image:
     return draw.draw_text(sample.image, [f"{q.question} {r.text} (true: {q.answers[0]})" for r, q in pairs])
 
 
-def _truth(sample: Sample, *, stuff: bool = True) -> Image.Image:
+def _truth(sample: Sample, known: Sequence[str], *, stuff: bool = True) -> Image.Image:
+    """In the colours of the prediction, whose classes are `known`."""
     assert sample.labels is not None
     names = {s.id: s.category for s in sample.meta.segments or () if stuff or s.isthing}
-    return draw.draw_panoptic(sample.image, sample.labels, names)
+    return draw.draw_panoptic(sample.image, sample.labels, names, known)

@@ -46,7 +46,7 @@ class PanopticResult:
 
     def draw(self) -> Image.Image:
         names = {s.id: self.names[s.label] for s in self.map.segments}
-        return draw.draw_panoptic(self.image, self.map.labels, names)
+        return draw.draw_panoptic(self.image, self.map.labels, names, self.names)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -89,7 +89,7 @@ class InstanceResult:
         sure = self.instances.scores >= 0.5
         names = [self.names[i] for i in self.instances.labels[sure]]
         return draw.draw_instances(
-            self.image, self.instances.masks[sure], names, self.instances.scores[sure].tolist()
+            self.image, self.instances.masks[sure], names, self.names, self.instances.scores[sure].tolist()
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -371,7 +371,7 @@ class Decoder(nn.Module):
             hearings.append(
                 Hearing(
                     picture=layer.picture(level, images),
-                    outside=_outside(level, images, region)[:, None, None],
+                    outside=self._outside(level, images, region)[:, None, None],
                     queries=Kept(keys[:, heeded], values[:, heeded], room),
                     others=len(heeded),
                 )
@@ -530,6 +530,18 @@ class Decoder(nn.Module):
         rest = padding.expand(-1, looking - outside.shape[1], -1)
         return torch.cat((outside | padding, rest), 1)[:, None]
 
+    @torch.no_grad()
+    def _outside(self, level: Level, images: Tensor, region: Tensor | None) -> Tensor:
+        """bool[R, hw], the cells of a level that lie in the padding or, unless none is left, outside a region
+        bool[R, H, W]; a cell that touches the region is inside.
+        """
+        padding = level.padding.index_select(0, images)
+        if region is None:
+            return padding
+        touched = F.adaptive_max_pool2d(region[:, None].float(), level.grid).flatten(1) > 0
+        outside = padding | ~touched
+        return padding | (outside & ~outside.all(-1, keepdim=True))
+
     def _predict(self, x: Tensor, request: Request, pixels: Pixels, memory: Tensor) -> Prediction:
         """`memory` float[R, hw, D], the finest level's, a row for each request."""
         z = self.norm(x)
@@ -568,19 +580,6 @@ def _shares(mask_embed: Tensor, level: Level, images: Tensor) -> Tensor:
     """How much each cell of a level belongs to each mask, float[R, O, hw] in [0, 1]; padding to none."""
     inside = ~level.padding[images][:, None]
     return (mask_embed @ level.mask_features[images]).sigmoid() * inside
-
-
-@torch.no_grad()
-def _outside(level: Level, images: Tensor, region: Tensor | None) -> Tensor:
-    """bool[R, hw], the cells of a level that lie in the padding or, unless none is left, outside a region
-    bool[R, H, W]; a cell that touches the region is inside.
-    """
-    padding = level.padding.index_select(0, images)
-    if region is None:
-        return padding
-    touched = F.adaptive_max_pool2d(region[:, None].float(), level.grid).flatten(1) > 0
-    outside = padding | ~touched
-    return padding | (outside & ~outside.all(-1, keepdim=True))
 
 
 def _pool(image: Tensor, latents: Tensor) -> Tensor:

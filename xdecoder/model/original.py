@@ -232,7 +232,7 @@ def read(path: Path) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Compare: 0 where every stage is within its tolerance, 1 where one is not, 2 where none can be."""
-    from xdecoder.replay import DELIBERATE, replay  # it needs what stands above
+    from xdecoder.replay import DELIBERATE, UNCOMPARED, replay  # it needs what stands above
 
     equal = True
     try:
@@ -246,6 +246,8 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"error: nothing to compare: {' '.join(str(error).split())}\n")
         return 2
     sys.stdout.write("\nOurs does otherwise, on purpose:\n" + "".join(f"- {line}\n" for line in DELIBERATE))
+    listed = "".join(f"- {place}: {why}\n" for place, why in UNCOMPARED.items())
+    sys.stdout.write("\nRecorded, and not compared:\n" + listed)
     sys.stdout.write("every stage is equal\n" if equal else "NOT equal\n")
     return 0 if equal else 1
 

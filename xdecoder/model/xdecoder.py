@@ -152,8 +152,12 @@ class XDecoder(nn.Module):
         return self.similarity(meaning, classes)
 
     def class_texts(self, names: Sequence[str]) -> "ClassTexts":
-        """The sentences that tell of these classes, and of none of them unless that is learned."""
+        """The sentences that tell of these classes, and of none of them unless that is learned; none at all
+        where the list is closed.
+        """
         config = self.config
+        if config.classes:
+            return ClassTexts.of((), config.context, no_object=None)
         return ClassTexts.of(names, config.context, config.prompts, no_object=config.no_object)
 
     def pixel_logits(self, prediction: Prediction, pixels: Pixels, images: Tensor, classes: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from xdecoder.training.batch import AnswerTargets, MaskTargets, PhraseTargets, W
 from xdecoder.training.matcher import ALPHA, GAMMA, Pairs, Pixelwise, match, match_fixed, sample_points
 
 Terms = dict[str, Tensor]
+_MASKS_AT_ONCE = 16  # whose points are chosen and read: bounds memory, not results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,15 @@ def _mask_classification(
 ) -> Terms:
     """Class, mask and query-text terms of (class, mask) pairs (MaskFormer, OneFormer)."""
     logits = scene.model.class_logits(_stack(outputs.predictions, "semantic"), scene.classes)
-    masks = _masks(scene, outputs.predictions, work.images)
-    pairs = _MATCHING[scene.config.matching](scene, logits, masks, targets)
+    pairs = _MATCHING[scene.config.matching](scene, work, logits, outputs.predictions, targets)
     last = scene.config.class_layers  # 0 leaves nothing out
     named = pairs[-last * len(work.images) :]
-    terms = {"class_ce": class_loss(logits[-last:], targets.labels, named, scene.config.no_object)}
+    terms = {"class_ce": class_loss(logits[-last:], targets.labels, named, scene.config.no_object_weight)}
     kind = scene.config.pixelwise
-    terms[f"mask_{kind}"], terms["mask_dice"] = mask_losses(masks, targets.masks, pairs, scene.config, kind)
+    drawn = _matched_masks(scene, outputs.predictions, work.images, pairs)
+    terms[f"mask_{kind}"], terms["mask_dice"] = matched_losses(
+        drawn, targets.masks, pairs, scene.config, kind
+    )
     if scene.config.region_ce:
         terms["region_ce"] = _region_loss(scene, work, targets)
     if outputs.initial is not None:
@@ -169,24 +172,38 @@ def mask_losses(
     truth where `config.points` is 0. Divided by the mean number of target masks over ranks, at least one.
     Without a match both are zero and connected to the graph.
     """
-    rows = logits.shape[1]
-    where = [
+    layer, row, query, _ = matched(pairs, len(truth)).to(logits.device).unbind(1)
+    return matched_losses(logits[layer, row, query], truth, pairs, config, pixelwise)
+
+
+def matched(pairs: Pairs, rows: int) -> Tensor:
+    """Prediction, request, latent and target of every match, int64[n, 4], on the host."""
+    found = [
         (i // rows, i % rows, q, t) for i, (qs, ts) in enumerate(pairs) for q, t in zip(qs, ts, strict=True)
     ]
-    number = mean_over_ranks(torch.tensor(sum(len(q) for q, _ in pairs[-rows:]), device=logits.device)).clamp(
-        min=1
-    )
-    if not where:
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 4)
+
+
+def matched_losses(
+    logits: Tensor, truth: Tensor, pairs: Pairs, config: LossConfig, pixelwise: Pixelwise
+) -> tuple[Tensor, Tensor]:
+    """As `mask_losses`, of the logits float[n, h, w] of the matched masks, in the order of `matched`."""
+    rows = len(truth)
+    count = torch.tensor(sum(len(q) for q, _ in pairs[-rows:]), device=logits.device)
+    number = mean_over_ranks(count).clamp(min=1)
+    if not len(logits):
         zero = logits.sum() * 0
         return zero, zero
-    layer, row, query, target = torch.tensor(where, device=logits.device).unbind(1)
-    predicted, wanted = logits[layer, row, query][:, None].float(), truth[row, target][:, None]
+    _, row, _, target = matched(pairs, rows).to(logits.device).unbind(1)
+    predicted = logits[:, None].float()
     if config.points:
         places = uncertain_points(predicted, config)
-        x, y = sample_points(predicted, places)[:, 0], sample_points(wanted, places)[:, 0]
+        x = sample_points(predicted, places)[:, 0]
+        some = zip(*(parts.split(_MASKS_AT_ONCE) for parts in (row, target, places)), strict=True)
+        y = torch.cat([sample_points(truth[r, t][:, None], p)[:, 0] for r, t, p in some])
     else:
         x = F.interpolate(predicted, size=truth.shape[-2:], mode="bilinear", align_corners=False).flatten(1)
-        y = wanted.flatten(1)
+        y = truth[row, target].flatten(1)
     p = x.sigmoid()
     dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
     return _PIXELWISE[pixelwise](x, y).mean(1).sum() / number, dice.sum() / number
@@ -214,10 +231,15 @@ def uncertain_points(logits: Tensor, config: LossConfig) -> Tensor:
     (PointRend).
     """
     count, certain = len(logits), round(config.importance * config.points)
-    drawn = torch.rand(count, round(config.oversample * config.points), 2, device=logits.device)
-    doubt = -sample_points(logits, drawn)[:, 0].abs()
-    kept = drawn.gather(1, doubt.topk(certain, 1).indices[..., None].expand(-1, -1, 2))
-    return torch.cat((kept, torch.rand(count, config.points - certain, 2, device=logits.device)), 1)
+    kept = []
+    for maps in logits.split(_MASKS_AT_ONCE):
+        places = torch.rand(len(maps), round(config.oversample * config.points), 2, device=logits.device)
+        doubt = -sample_points(maps, places)[:, 0].abs()
+        best = doubt.topk(certain, 1, sorted=False).indices[..., None]
+        kept.append(places.gather(1, best.expand(-1, -1, 2)))
+    return torch.cat(
+        (torch.cat(kept), torch.rand(count, config.points - certain, 2, device=logits.device)), 1
+    )
 
 
 def _query_text(scene: Scene, initial: Tensor, sentences: Tensor) -> Tensor:
@@ -255,10 +277,13 @@ def referring(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     outputs = scene.model.ask(scene.pixels, "referring", work.images, _tasks(scene, work), text)
     top = outputs.predictions[-scene.config.top_layers :]
     logits = scene.model.similarity(_stack(top, "semantic"), sentences)
-    masks = _masks(scene, top, work.images)
-    pairs = _match(scene, -logits.detach().softmax(2), masks, targets.masks, targets.counts)
+    costs = -logits.detach().softmax(2)
+    pairs = _match(scene, costs, top, work.images, targets.masks, targets.counts)
     terms = {"grounding_ce": grounding_loss(logits, pairs, same)}
-    terms["grounding_bce"], terms["grounding_dice"] = mask_losses(masks, targets.masks, pairs, scene.config)
+    drawn = _matched_masks(scene, top, work.images, pairs)
+    terms["grounding_bce"], terms["grounding_dice"] = matched_losses(
+        drawn, targets.masks, pairs, scene.config, "bce"
+    )
     return terms
 
 
@@ -476,28 +501,51 @@ def _stack(predictions: Sequence[Prediction], field: str) -> Tensor:
     return torch.stack([getattr(p, field) for p in predictions])
 
 
-def _masks(scene: Scene, predictions: Sequence[Prediction], images: Tensor) -> Tensor:
-    """float[L, R, O, h, w]."""
-    return torch.stack([scene.model.masks(p, scene.pixels, images) for p in predictions])
+def _matched_masks(scene: Scene, predictions: Sequence[Prediction], images: Tensor, pairs: Pairs) -> Tensor:
+    """Logits float[n, h, w] of the matched masks, in the order of `matched`: of all others none is taught."""
+    where = matched(pairs, len(images))
+    order = where[:, 1].argsort(stable=True)  # by request: one product with the features of each
+    layer, row, query, _ = where[order].to(images.device).unbind(1)
+    embeds = _stack(predictions, "mask_embed")[layer, row, query]
+    features = scene.pixels.mask_features.index_select(0, images)
+    counts = where[:, 1].bincount(minlength=len(images)).tolist()
+    masks = [e @ f for e, f in zip(embeds.split(counts), features.flatten(2), strict=True)]
+    size = features.shape[-2:]
+    every = torch.cat((embeds.sum() * features.new_zeros(0, size.numel()), *masks))
+    return every[order.argsort().to(images.device)].unflatten(1, size)
 
 
-def _match(scene: Scene, class_costs: Tensor, masks: Tensor, truth: Tensor, counts: Sequence[int]) -> Pairs:
+def _match(
+    scene: Scene,
+    class_costs: Tensor,
+    predictions: Sequence[Prediction],
+    images: Tensor,
+    truth: Tensor,
+    counts: Sequence[int],
+) -> Pairs:
     config, kind = scene.config, scene.config.pixelwise
     weights = (config.class_ce, getattr(config, f"mask_{kind}"), config.mask_dice)
-    return match(class_costs, masks.detach(), truth, list(counts), weights, config.points, kind)
+    with torch.no_grad():
+        features = scene.pixels.mask_features.index_select(0, images)
+        masks = torch.einsum("lrod,rdhw->lrohw", _stack(predictions, "mask_embed"), features)
+    return match(class_costs, masks, truth, list(counts), weights, config.points, kind)
 
 
-def _by_cost(scene: Scene, logits: Tensor, masks: Tensor, targets: MaskTargets) -> Pairs:
+def _by_cost(
+    scene: Scene, work: Work, logits: Tensor, predictions: Sequence[Prediction], targets: MaskTargets
+) -> Pairs:
     labels = targets.labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
     costs = -logits.detach().softmax(-1).gather(-1, labels)
-    return _match(scene, costs, masks, targets.masks, targets.counts)
+    return _match(scene, costs, predictions, work.images, targets.masks, targets.counts)
 
 
-def _by_class(scene: Scene, logits: Tensor, masks: Tensor, targets: MaskTargets) -> Pairs:
+def _by_class(
+    scene: Scene, work: Work, logits: Tensor, predictions: Sequence[Prediction], targets: MaskTargets
+) -> Pairs:
     return match_fixed(targets.labels, targets.counts, logits.shape[2], len(logits))
 
 
-_MATCHING: Mapping[str, Callable[[Scene, Tensor, Tensor, MaskTargets], Pairs]] = {
+_MATCHING: Mapping[str, Callable[[Scene, Work, Tensor, Sequence[Prediction], MaskTargets], Pairs]] = {
     "bipartite": _by_cost,
     "fixed": _by_class,
 }

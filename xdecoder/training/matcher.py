@@ -30,20 +30,20 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def mask_costs(logits: Tensor, truth: Tensor, pixelwise: Pixelwise = "bce") -> tuple[Tensor, Tensor]:
-    """Mean pixelwise loss and dice of every pair: float[N, O, P], float[N, M, P] -> two float[N, O, M].
+    """Mean pixelwise loss and dice of every pair: float32[N, O, P], float32[N, M, P] -> two float32[N, O, M].
 
     bce    -log p where the target t is one, -log (1 - p) where it is zero
     focal  a (1 - p)^g (-log p) and (1 - a) p^g (-log (1 - p)), a = 0.25 and g = 2
     dice   1 - (2 sum(p t) + 1) / (sum p + sum t + 1)
     """
     count = logits.shape[-1]
-    other = truth.transpose(1, 2)
-    p = logits.sigmoid()
-    inside, outside = F.softplus(-logits), F.softplus(logits)  # -log p and -log (1 - p)
-    if pixelwise == "focal":
-        inside, outside = ALPHA * (1 - p) ** GAMMA * inside, (1 - ALPHA) * p**GAMMA * outside
-    # divided first so that half precision holds it
-    each = (inside / count) @ other + (outside / count) @ (1 - other)
+    other, p = truth.transpose(1, 2), logits.sigmoid()
+    if pixelwise == "bce":  # -log p is -log (1 - p) - x: one logarithm does for both
+        each = (F.softplus(logits).sum(-1, keepdim=True) - logits @ other) / count
+    else:
+        inside = ALPHA * (1 - p) ** GAMMA * F.softplus(-logits)
+        outside = (1 - ALPHA) * p**GAMMA * F.softplus(logits)
+        each = (inside @ other + outside @ (1 - other)) / count
     dice = 1 - (2 * (p @ other) + 1) / (p.sum(-1, keepdim=True) + truth.sum(-1)[:, None] + 1)
     return each, dice
 
@@ -76,7 +76,7 @@ def match(
     points: int,
     pixelwise: Pixelwise = "bce",
 ) -> Pairs:
-    """Match all predictions of all requests.
+    """Match all predictions of all requests, a prediction at a time: what is sampled of all would be large.
 
     class_costs    float[L, R, O, M], minus a probability
     mask_logits    float[L, R, O, h, w]
@@ -87,16 +87,16 @@ def match(
     returns        L * R pairs (queries int64[n], targets int64[n]), requests fastest
     """
     layers, rows = class_costs.shape[:2]
-    if points:
-        places = torch.rand(layers * rows, points, 2, device=truth.device)
-        predicted = sample_points(mask_logits.flatten(0, 1).float(), places)
-        wanted = sample_points(truth.repeat(layers, 1, 1, 1), places)
-    else:
-        predicted = mask_logits.flatten(0, 1).flatten(2).float()
-        wanted = F.interpolate(truth, size=mask_logits.shape[-2:]).flatten(2).repeat(layers, 1, 1)
-    each, dice = mask_costs(predicted, wanted, pixelwise)
-    total = weights[0] * class_costs.flatten(0, 1).float() + weights[1] * each + weights[2] * dice
-    return assign(total, counts * layers)
+    places = torch.rand(layers * rows, points, 2, device=truth.device).unflatten(0, (layers, rows))
+    if not truth.shape[1]:
+        return assign(class_costs.flatten(0, 1), counts * layers)
+    whole = F.interpolate(truth, size=mask_logits.shape[-2:]).flatten(2)
+    totals = []
+    for costs, logits, where in zip(class_costs.float(), mask_logits, places, strict=True):
+        predicted = sample_points(logits.float(), where) if points else logits.float().flatten(2)
+        each, dice = mask_costs(predicted, sample_points(truth, where) if points else whole, pixelwise)
+        totals.append(weights[0] * costs + weights[1] * each + weights[2] * dice)
+    return assign(torch.cat(totals), counts * layers)
 
 
 def match_fixed(labels: Tensor, counts: Sequence[int], latents: int, layers: int) -> Pairs:
