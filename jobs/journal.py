@@ -38,9 +38,16 @@ def append(path: Path, step: int, metrics: dict[str, float]) -> None:
 
 def read(path: Path) -> tuple[MetricRow, ...]:
     """The curve, one row a step, in order. A step that was done again after an interruption counts once."""
-    rows, _ = _read_from(path, 0)
-    latest = {row.step: row for row in rows}
+    latest: dict[int, MetricRow] = {}
+    for row in rows(path):  # a validation's row joins that of its step
+        before = latest[row.step].metrics if row.step in latest else {}
+        latest[row.step] = MetricRow(step=row.step, time=row.time, metrics=before | row.metrics)
     return tuple(latest[step] for step in sorted(latest))
+
+
+def rows(path: Path) -> list[MetricRow]:
+    """Everything that was written, as it was written."""
+    return _read_from(path, 0)[0]
 
 
 class Follower:
@@ -60,13 +67,15 @@ class Follower:
     ) -> None:
         self.path, self.show, self.deliver = path, show, deliver
         self.pending: list[MetricRow] = []
+        self.seen: set[object] = set()
         self.offset = 0
         self.retry_at = 0.0
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="journal", daemon=True)
 
     def __enter__(self) -> Self:
-        self.pending, self.offset = _read_from(self.path, 0)
+        rows, self.offset = _read_from(self.path, 0)
+        self.pending = self._new(rows)
         self.thread.start()
         return self
 
@@ -87,11 +96,24 @@ class Follower:
 
     def _turn(self) -> None:
         rows, self.offset = _read_from(self.path, self.offset)
+        rows = self._new(rows)
         self.pending += rows
         for row in rows:
             self.show(row)
         if self.pending and time.monotonic() >= self.retry_at:
             self._deliver()
+
+    def _new(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
+        """Without steps that were done again after an interruption and came to the same: times apart, they
+        are the rows that were delivered before.
+        """
+        found = []
+        for row in rows:
+            same = (row.step, row.metrics.get("loss"), frozenset(row.metrics))
+            if same not in self.seen:
+                self.seen.add(same)
+                found.append(row)
+        return found
 
     def _deliver(self) -> None:
         try:

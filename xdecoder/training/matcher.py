@@ -93,7 +93,9 @@ def match(
         wanted = sample_points(truth.repeat(layers, 1, 1, 1), places)
     else:
         predicted = mask_logits.flatten(0, 1).flatten(2).float()
-        wanted = F.interpolate(truth, size=mask_logits.shape[-2:]).flatten(2).repeat(layers, 1, 1)
+        size = mask_logits.shape[-2:]  # interpolate refuses what is empty
+        small = F.interpolate(truth, size=size) if truth.numel() else truth.new_zeros(*truth.shape[:2], *size)
+        wanted = small.flatten(2).repeat(layers, 1, 1)
     each, dice = mask_costs(predicted, wanted, pixelwise)
     total = weights[0] * class_costs.flatten(0, 1).float() + weights[1] * each + weights[2] * dice
     return assign(total, counts * layers)
