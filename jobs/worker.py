@@ -123,12 +123,18 @@ def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
     streams = _streams(trainer, data, duty)
     gauge = Gauge(trainer, data)
     roll = dist.new_group(backend="gloo")
+    notices: list[int | None] = []  # by when a machine will be taken away
 
     def on_log(report: StepReport) -> None:
         if trainer.rank == 0:
             _write_down(duty.journal, report.step, report.metrics | gauge.read(report))
+        notice = ray.train.get_preemption_info()  # a barrier: all ranks are told the same
+        if notice is not None and notice.deadline_ms not in notices:
+            notices.append(notice.deadline_ms)
+            trainer.stopping = True
 
     while trainer.step < train.steps:
+        known = len(notices)
         try:
             with _missed(trainer, roll), _profiled(trainer, duty.profile):
                 trainer.fit(streams, until=_following(train, trainer.step), on_log=on_log)
@@ -144,7 +150,9 @@ def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
             checkpoints.save(trainer, metric)
         if trainer.stopping:
             checkpoints.wait()
-            return Ending(kind="stopped", step=trainer.step)
+            if len(notices) == known:
+                return Ending(kind="stopped", step=trainer.step)
+            log.warning("a machine will be taken away: a checkpoint is kept at step %d", trainer.step)
     checkpoints.wait()
     return Ending(kind="done", step=trainer.step)
 
