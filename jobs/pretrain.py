@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -177,6 +178,11 @@ def _fit(training: Training, duty: Duty, tracker: Tracker) -> None:
             ending = trainer.fit().return_value
         except WorkerGroupError as error:
             raise _readable(error, training) from error
+        except RayError as error:  # what ran the training died: out of memory, a lost head node
+            raise ValueError(
+                f"training was cut off: {str(error).strip().splitlines()[0]}\n"
+                f"{training.folder} keeps its checkpoints; the same job submitted again goes on from the last"
+            ) from error
     progress.close()
     if duty.profile.is_dir():
         tracker.log_files(training.tracked, duty.profile, "profile")

@@ -137,7 +137,7 @@ def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
         known = len(notices)
         try:
             with _missed(trainer, roll), _profiled(trainer, duty.profile):
-                trainer.fit(streams, until=_following(train, trainer.step), on_log=on_log)
+                trainer.fit(streams, until=following(train, trainer.step), on_log=on_log)
         except NonFiniteLoss as error:
             if not rewind(trainer, checkpoints, error):
                 return Ending(kind="failed", step=trainer.step, why=str(error))
@@ -157,7 +157,7 @@ def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
     return Ending(kind="done", step=trainer.step)
 
 
-def _following(train: TrainConfig, step: int) -> int:
+def following(train: TrainConfig, step: int) -> int:
     """The next step after which there is something else to do than to train."""
     rhythms = (train.checkpoint_every, train.validation.every)
     due = [(step // every + 1) * every for every in rhythms if every]

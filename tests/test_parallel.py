@@ -106,3 +106,12 @@ def test_activation_checkpointing_changes_nothing_that_is_learned(
     of = exact_trainer(activation_checkpointing=True)
     for row, wanted in zip(steps_of(of, 3), alone[0][:3], strict=True):
         assert row == pytest.approx(wanted, rel=1e-6)
+
+
+def test_compiled_blocks_learn_the_same(alone: tuple[list[dict[str, float]], Trainer]) -> None:
+    """Without the code generator, which takes minutes: what is compiled is whole, and the same."""
+    of = exact_trainer()
+    parallel.compile_blocks(of.model, backend="eager")
+    (row,) = steps_of(of, 1)
+    assert row == pytest.approx(alone[0][0], rel=1e-5)
+    assert any(block._compiled_call_impl is not None for block in parallel.blocks(of.model.text))

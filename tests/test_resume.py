@@ -15,7 +15,7 @@ from test_trainer import fit, trainer
 from tiny import MODEL, VOCABULARY, endless, samples, train_config
 
 from benchmarks.resume import Course, Streams, live
-from jobs.worker import rewind
+from jobs.worker import following, rewind
 from schemas.records import Sample
 from xdecoder.model.files import load_model
 from xdecoder.tasks import BatchMaker
@@ -127,6 +127,7 @@ def test_a_disk_that_is_full_once_is_survived_and_twice_stops_with_the_reason(
 ) -> None:
     of, saved = trainer(**PLAIN), checkpoints(tmp_path)
     saved.save(of)
+    saved.wait()
     for step in (1, 2):
         of.step = step
         with files_of_at_most(10_000), caplog.at_level(logging.WARNING):
@@ -135,7 +136,7 @@ def test_a_disk_that_is_full_once_is_survived_and_twice_stops_with_the_reason(
                 saved.wait()
                 assert "no checkpoint at step 1, the training goes on" in caplog.text
             else:
-                with pytest.raises(CheckpointError, match="two checkpoints in a row.*rank0.pt"):
+                with pytest.raises(CheckpointError, match="in a row.*File too large.*rank0.pt"):
                     saved.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
     saved.save(of)  # there is room again
@@ -202,3 +203,11 @@ def test_the_average_follows_its_formula() -> None:
 def test_an_average_is_exported_only_where_one_is_kept() -> None:
     with pytest.raises(ValueError, match="export: average needs ema_decay"):
         train_config(export="average")
+
+
+def test_training_pauses_for_what_is_due_and_nowhere_else() -> None:
+    train = train_config(steps=10, checkpoint_every=4, validation={"every": 6, "limit": 1}, profile=(1, 5))
+    stops = [0]
+    while stops[-1] < train.steps:
+        stops.append(following(train, stops[-1]))
+    assert stops == [0, 1, 4, 5, 6, 8, 10]

@@ -6,6 +6,7 @@ weights, under FSDP2 each rank's its share of them; either is read on any number
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -278,14 +279,35 @@ def _write_part(state: Mapping[str, Any], folder: Path, rank: int) -> str:
     """Write one rank's file and return its SHA-256, of what can be read back."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / STATE.format(rank=rank)
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:
+        out = _Out(file)
         try:
-            torch.save(state, file)
+            torch.save(state, out)
         except RuntimeError as error:  # torch's writer hides what the system said
-            raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
-        file.flush()
+            raise out.error or error from error
         os.fsync(file.fileno())
     return _sha256(path)
+
+
+class _Out:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        left = memoryview(data).cast("B")
+        try:
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            self.error = OSError(error.errno, error.strerror, self.file.name)
+            raise
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _load(path: Path) -> dict[str, Any]:
