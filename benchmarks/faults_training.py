@@ -10,6 +10,7 @@ step once.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -29,7 +30,7 @@ from benchmarks.resume import ROOT, TINY, build
 from jobs import journal
 
 WORKER = "RayTrainWorker"
-PATIENCE_S = 600.0
+PATIENCE_S = 1800.0
 Job = subprocess.Popen[bytes]
 Curve = tuple[tuple[int, float], ...]
 
@@ -43,19 +44,27 @@ class Trial:
     steps: int
     environment: Mapping[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
+    process: Job | None = None
 
     def submit(self) -> Job:
         command = [sys.executable, "-m", "jobs", "jobs/pretrain.yaml", *TINY, f"name={self.name}"]
         command += [f"train.steps={self.steps}", "train.num_workers=2", "train.cpus_per_worker=1"]
         command += ["evaluate={tasks: [captioning], limit: 2, pictures: 0, max_caption_tokens: 4}"]
         self.log = (self.store / f"{self.name}.log").open("ab")
-        return subprocess.Popen(
+        self.process = subprocess.Popen(
             [*command, *self.overrides],
             cwd=ROOT,
             stdout=self.log,
             stderr=self.log,
             env={**os.environ, "XDECODER_STORE": str(self.store), **self.environment},
         )
+        return self.process
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        if self.process is not None and self.process.poll() is None:
+            kill(self.process.pid)
+            self.process.wait()
 
     @property
     def said(self) -> str:
@@ -114,8 +123,7 @@ class Server:
 
     def stop(self) -> None:
         if self.process is not None:
-            for child in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-                child.kill()
+            kill(self.process.pid)
             self.process.wait()
             self.process = None
 
@@ -161,6 +169,14 @@ def wait(true: Callable[[], bool], process: Job, trial: Trial) -> float:
     return time.time()
 
 
+def kill(root: int) -> None:
+    """SIGKILL for a process and all below it."""
+    first = psutil.Process(root)
+    for process in [*first.children(recursive=True), first]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def workers(root: int) -> list[psutil.Process]:
     """The processes of Ray Train's workers below a process, oldest first."""
     found = [p for p in psutil.Process(root).children(recursive=True) if WORKER in " ".join(p.cmdline())]
@@ -180,8 +196,7 @@ def driver(trial: Trial, process: Job, stage: Stage) -> str:
     """SIGKILL for the driver and all it started; the same job is submitted again."""
     trial.reach(trial.steps // 2, process)
     killed = time.time()
-    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        child.kill()
+    kill(process.pid)
     process.wait()
     status = trial.finish(trial.submit())
     return f"status {status}, trained again after {trial.first_after(killed + 0.5) - killed:.1f} s"
@@ -253,28 +268,32 @@ FAULTS: Mapping[str, Callable[[Trial, Job, Stage], str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], help="by default all")
+    parser.add_argument("faults", nargs="*", default=list(FAULTS), help=", ".join(FAULTS))
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--store", type=Path, help="has the dataset demo; else a small one is built")
     arguments = parser.parse_args()
+    unknown = sorted(set(arguments.faults) - set(FAULTS))
+    if unknown:
+        parser.error(f"no fault is called {unknown}; choose from {list(FAULTS)}")
     os.environ["RAY_AUTH_MODE"] = "disabled"
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
-        store = Path(name)
-        build(store)
-        whole = Trial(name="whole", store=store, steps=arguments.steps)
+        store = arguments.store or build(Path(name))
+        whole = Trial(name=f"whole{os.getpid()}", store=store, steps=arguments.steps)
         started = time.time()
         status = whole.finish(whole.submit())
         assert status == 0 and len(whole.curve) == arguments.steps, whole.said[-2000:]
         print(f"no fault: first step {whole.first_after(0) - started:.1f} s after the submission", flush=True)
-        for fault in arguments.faults or FAULTS:
+        for fault in arguments.faults:
             stage = Stage(server=Server(store))
+            trial = Trial(f"{fault}{os.getpid()}", store, arguments.steps)
             try:
-                environment = stage.set(fault)
-                overrides = ("train.collective_timeout_s=15",) if fault == "hung" else ()
-                trial = Trial(fault, store, arguments.steps, environment, overrides)
+                trial.environment = stage.set(fault)
+                trial.overrides = ("train.collective_timeout_s=15",) if fault == "hung" else ()
                 told = FAULTS[fault](trial, trial.submit(), stage)
                 same = "the same curve" if trial.curve == whole.curve else "ANOTHER CURVE"
                 print(f"{fault}: {told}; {len(trial.curve)} steps, {same}", flush=True)
             finally:
+                trial.end()
                 stage.clear()
 
 

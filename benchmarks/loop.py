@@ -78,9 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=4, help="of each way in a round")
-    parser.add_argument(
-        "--store", type=Path, help="one that holds the dataset demo; else a small one is built"
-    )
+    parser.add_argument("--store", type=Path, help="has the dataset demo; else a small one is built")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     trainer, samples = demo(arguments.store)

@@ -201,9 +201,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--store", type=Path, help="one that holds the dataset demo; else a small one is built"
-    )
+    parser.add_argument("--store", type=Path, help="has the dataset demo; else a small one is built")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="resume-") as name:

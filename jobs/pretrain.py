@@ -163,8 +163,12 @@ def _fit(training: Training, duty: Duty, tracker: Tracker) -> None:
     progress = Progress("training", training.job.train.steps, unit="steps")
 
     def show(row: MetricRow) -> None:
-        loss, waited = row.metrics.get("loss", float("nan")), row.metrics.get("data_wait_s", 0.0)
-        progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s")
+        if "loss" in row.metrics:
+            loss, waited = row.metrics["loss"], row.metrics["data_wait_s"]
+            progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s")
+        else:  # a validation's
+            values = ", ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
+            log.info("step %d: %s", row.step, values)
 
     def deliver(rows: Sequence[MetricRow]) -> None:
         tracker.log_metrics(training.tracked, rows)

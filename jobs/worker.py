@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +136,7 @@ def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
     while trainer.step < train.steps:
         known = len(notices)
         try:
-            with _missed(trainer, roll), _profiled(trainer, duty.profile):
+            with missing_named(roll, lambda: f"step {trainer.step}"), _profiled(trainer, duty.profile):
                 trainer.fit(streams, until=following(train, trainer.step), on_log=on_log)
         except NonFiniteLoss as error:
             if not rewind(trainer, checkpoints, error):
@@ -205,23 +205,22 @@ def _profiled(trainer: Trainer, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _missed(trainer: Trainer, roll: Any) -> Iterator[None]:
-    """Raises `MissingRank` where a rank does not come within `collective_timeout_s`, after a call of the
-    roll.
-
-    Rank 0 speaks first: the others give it time.
+def missing_named(roll: Any, where: Callable[[], str], patience_s: float = ROLL_CALL_S) -> Iterator[None]:
+    """Inside, a collective operation that times out calls the roll: the ranks that do not answer within
+    `patience_s` either are named by `MissingRank`. `roll` is a gloo group that is used for nothing else.
     """
     try:
         yield
     except RuntimeError as error:
-        if trainer.world_size == 1 or "imed out" not in str(error):
+        if dist.get_world_size() == 1 or "imed out" not in str(error):
             raise
-        patience = datetime.timedelta(seconds=ROLL_CALL_S * (1 if trainer.rank == 0 else 2))
+        # rank 0 knows who is missing and speaks first: the others give it time
+        patience = datetime.timedelta(seconds=patience_s * (1 if dist.get_rank() == 0 else 2))
         try:
             dist.monitored_barrier(roll, timeout=patience, wait_all_ranks=True)
         except RuntimeError as missing:
             who = str(missing).splitlines()[0]
-            raise MissingRank(f"step {trainer.step}: seen from rank {trainer.rank}: {who}") from error
+            raise MissingRank(f"{where()}: a rank does not come: {who}") from error
         raise
 
 

@@ -2,8 +2,12 @@
 believed.
 """
 
+import datetime
 import logging
+import multiprocessing
+import os
 import resource
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_trainer import fit, trainer
 from tiny import MODEL, VOCABULARY, endless, samples, train_config
 
 from benchmarks.resume import Course, Streams, live
-from jobs.worker import following, rewind
+from jobs.worker import MissingRank, following, missing_named, rewind
 from schemas.records import Sample
 from xdecoder.model.files import load_model
 from xdecoder.tasks import BatchMaker
@@ -211,3 +216,33 @@ def test_training_pauses_for_what_is_due_and_nowhere_else() -> None:
     while stops[-1] < train.steps:
         stops.append(following(train, stops[-1]))
     assert stops == [0, 1, 4, 5, 6, 8, 10]
+
+
+def _all_but_one_come(rank: int, folder: Path) -> None:
+    patience = datetime.timedelta(seconds=2)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=3, timeout=patience)
+    roll = dist.new_group(backend="gloo")
+    dist.all_reduce(torch.ones(1))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        with missing_named(roll, lambda: "step 7", patience_s=2):
+            dist.all_reduce(torch.ones(1))
+    except MissingRank as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+
+
+def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_all_but_one_come, args=(rank, tmp_path)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks[::2]:
+        process.join(60)
+    for process in ranks:
+        process.kill()
+        process.join()
+    said = (tmp_path / "0.txt").read_text()
+    assert said.startswith("step 7: a rank does not come:") and "Ranks 1 failed" in said
+    assert "check rank 0" in (tmp_path / "2.txt").read_text()

@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -282,7 +282,7 @@ def _write_part(state: Mapping[str, Any], folder: Path, rank: int) -> str:
     with path.open("wb", buffering=0) as file:
         out = _Out(file)
         try:
-            torch.save(state, out)
+            torch.save(state, cast(IO[bytes], out))
         except RuntimeError as error:  # torch's writer hides what the system said
             raise out.error or error from error
         os.fsync(file.fileno())
