@@ -141,7 +141,7 @@ def test_a_disk_that_is_full_once_is_survived_and_twice_stops_with_the_reason(
                 saved.wait()
                 assert "no checkpoint at step 1, the training goes on" in caplog.text
             else:
-                with pytest.raises(CheckpointError, match="in a row.*File too large.*rank0.pt"):
+                with pytest.raises(CheckpointError, match="twice in a row.*File too large.*rank0.pt"):
                     saved.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
     saved.save(of)  # there is room again

@@ -49,7 +49,8 @@ class Checkpoints:
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.thread: threading.Thread | None = None
-        self.failed, self.error = 0, OSError()
+        self.failed = 0
+        self.error: Exception | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, trainer: Trainer, metric: float | None = None) -> None:
@@ -60,7 +61,7 @@ class Checkpoints:
         self.wait()
         facts = {"step": trainer.step, "ranks": trainer.world_size, "metric": metric, **self.facts}
         self.thread = threading.Thread(
-            target=self._write, args=(_state(trainer), facts), name="checkpoint", daemon=True
+            target=self._run, args=(_state(trainer), facts), name="checkpoint", daemon=True
         )
         self.thread.start()
 
@@ -72,7 +73,7 @@ class Checkpoints:
         if self.failed > 1:
             self.failed = 0
             raise CheckpointError(
-                f"two checkpoints in a row could not be written to {self.folder}: {self.error}; "
+                f"checkpoints could not be written to {self.folder} twice in a row: {self.error}; "
                 "the run keeps those before them"
             )
 
@@ -88,16 +89,23 @@ class Checkpoints:
             restore(trainer, found)
         return found
 
+    def _run(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        """The thread. What goes wrong in it is raised by the next `wait`."""
+        try:
+            self._write(state, facts)
+        except Exception as error:  # a rank that is gone
+            self.failed, self.error = 2, error
+
     def _write(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
-        """In the thread. All ranks come to the same end."""
+        """All ranks come to the same end."""
         name = f"step-{facts['step']:08d}"
         unfinished = self.folder / f".{name}"
-        mine = self._attempt(lambda: _write_part(state, unfinished, self.rank))
+        mine = self._attempt(_write_part, state, unfinished, self.rank)
         every = self._exchange(mine)
-        if self.rank == 0 and not any(isinstance(part, OSError) for part in every):
+        if self.rank == 0 and not any(isinstance(part, Exception) for part in every):
             files = {STATE.format(rank=rank): part for rank, part in enumerate(every)}
-            mine = self._attempt(lambda: self._commit(unfinished, name, {**facts, "files": files}))
-        errors = [part for part in self._exchange(mine) if isinstance(part, OSError)]
+            mine = self._attempt(self._commit, unfinished, name, {**facts, "files": files})
+        errors = [part for part in self._exchange(mine) if isinstance(part, Exception)]
         self.failed = self.failed + 1 if errors else 0
         if errors:
             self.error = errors[0]
@@ -105,10 +113,11 @@ class Checkpoints:
             if self.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _attempt(self, action: Callable[[], Any]) -> Any:
+    def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """What it returns, or why it could not: a full disk, a share that is away."""
         try:
-            return action()
-        except OSError as error:  # a full disk, a share that is away
+            return action(*arguments)
+        except Exception as error:
             return error
 
     def _exchange(self, mine: Any) -> list[Any]:
@@ -125,7 +134,9 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(self.folder / name, ignore_errors=True)  # a damaged one, which is made again
+        _sync(unfinished)
         unfinished.rename(self.folder / name)
+        _sync(self.folder)
         self._thin_out()
 
     def _thin_out(self) -> None:
@@ -315,6 +326,15 @@ def _load(path: Path) -> dict[str, Any]:
         raise ValueError(f"no checkpoint at {path}")
     loaded: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     return loaded
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut; a rename alone does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _all(folder: Path) -> list[Path]:
