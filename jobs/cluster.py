@@ -37,7 +37,7 @@ def prepare() -> None:
 def session(num_cpus: int | None = None) -> Iterator[None]:
     """Ray, connected. `num_cpus` bounds a local cluster. A session inside a session is the outer one.
 
-    Raises `ClusterError` where RAY_ADDRESS does not answer.
+    Raises `ClusterError` where RAY_ADDRESS does not answer, or Ray does not start here.
     """
     import ray  # here, because of `prepare`
 
@@ -96,6 +96,12 @@ def _connect(address: str | None, num_cpus: int | None) -> None:
         ray.init(address or "local", num_cpus=None if address else num_cpus, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
+    except Exception as error:  # whatever a node that did not come up in time raises
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ClusterError(
+            f"Ray did not start on this machine: {first}\nIt may be overloaded, or out of memory or of room "
+            "in RAY_TMPDIR (else /tmp): try again when it is quieter"
+        ) from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our builds speak for themselves
     have = resources()
     log.info("Ray %s: %g CPUs, %g GPUs", address or "started here", have.get("CPU", 0), have.get("GPU", 0))

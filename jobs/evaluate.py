@@ -108,23 +108,29 @@ def log_results(tracker: Tracker, run: str, results: Sequence[Result], folder: P
 
 
 def _evaluate(order: Order) -> None:
-    """Runs in a Ray task. The folder appears when everything in it is written."""
+    """Runs in a Ray task."""
     console.configure()
     torch.set_num_threads(order.cpus)
     data = Catalog(order.store, order.dataset).open(order.version)
-    predictor = Predictor.load(order.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    samples = {stream: partial(_samples, data, stream, order.config) for stream in _streams(order.config)}
+    examine(order.model, data, order.config, order.folder)
+
+
+def examine(model: Path, data: DatasetVersion, config: EvaluateConfig, folder: Path) -> Evaluation:
+    """Evaluate an exported model in this process; the folder appears when everything in it is written."""
+    predictor = Predictor.load(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    samples = {stream: partial(_samples, data, stream, config) for stream in _streams(config)}
     taxonomy = data.taxonomy(seen_only=False)
-    evaluation = evaluate(predictor, samples, order.config, taxonomy, _Bars())
-    unfinished = order.folder.with_name(f".{order.folder.name}.{os.getpid()}")
+    evaluation = evaluate(predictor, samples, config, taxonomy, _Bars())
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     (unfinished / "pictures").mkdir(parents=True)
     evaluation.save(unfinished)
     for name, picture in evaluation.pictures:
         picture.save(unfinished / "pictures" / f"{name}.png")
     try:
-        unfinished.rename(order.folder)
+        unfinished.rename(folder)
     except OSError:  # another process evaluated the same meanwhile: its folder is as good
         shutil.rmtree(unfinished)
+    return evaluation
 
 
 def _streams(config: EvaluateConfig) -> list[Stream]:

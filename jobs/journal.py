@@ -38,17 +38,25 @@ def append(path: Path, step: int, metrics: dict[str, float]) -> None:
 
 def read(path: Path) -> tuple[MetricRow, ...]:
     """The curve, one row a step, in order. A step that was done again after an interruption counts once."""
-    rows, _ = _read_from(path, 0)
-    latest = {row.step: row for row in rows}
+    latest: dict[int, MetricRow] = {}
+    for row in rows(path):  # a validation's row joins that of its step
+        before = latest[row.step].metrics if row.step in latest else {}
+        latest[row.step] = MetricRow(step=row.step, time=row.time, metrics=before | row.metrics)
     return tuple(latest[step] for step in sorted(latest))
 
 
+def rows(path: Path) -> list[MetricRow]:
+    """Everything that was written, as it was written."""
+    return _read_from(path, 0)[0]
+
+
 class Follower:
-    """Follows a journal from a thread of its own while the block runs.
+    """Follows a journal from threads of its own while the block runs.
 
     show     called with every row that is written meanwhile
     deliver  called with all rows, also those of before an interruption (delivering twice must do no harm);
-             where it raises, the rows are kept and tried again
+             where it raises, the rows are kept and tried again. It may take its time: rows are shown
+             meanwhile
     """
 
     def __init__(
@@ -60,14 +68,21 @@ class Follower:
     ) -> None:
         self.path, self.show, self.deliver = path, show, deliver
         self.pending: list[MetricRow] = []
+        self.lock = threading.Lock()
+        self.seen: set[object] = set()
         self.offset = 0
         self.retry_at = 0.0
         self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self.threads = [
+            threading.Thread(target=self._repeat, args=(action,), name=f"journal {name}", daemon=True)
+            for name, action in (("reader", self._read), ("deliverer", self._deliver))
+        ]
 
     def __enter__(self) -> Self:
-        self.pending, self.offset = _read_from(self.path, 0)
-        self.thread.start()
+        rows, self.offset = _read_from(self.path, 0)
+        self.pending = self._new(rows)
+        for thread in self.threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -75,32 +90,51 @@ class Follower:
     ) -> None:
         """Read to the end and make a last try; what is left undelivered is said, not raised."""
         self.stopped.set()
-        self.thread.join()
+        for thread in self.threads:
+            thread.join()
         self.retry_at = 0.0
-        self._turn()
+        self._read()
+        self._deliver()
         if self.pending:
             log.error("%d rows of %s were never delivered; the file has them", len(self.pending), self.path)
 
-    def _run(self) -> None:
+    def _repeat(self, action: Callable[[], None]) -> None:
         while not self.stopped.wait(POLL_S):
-            self._turn()
+            action()
 
-    def _turn(self) -> None:
+    def _read(self) -> None:
         rows, self.offset = _read_from(self.path, self.offset)
-        self.pending += rows
-        for row in rows:
+        new = self._new(rows)
+        with self.lock:
+            self.pending += new
+        for row in new:
             self.show(row)
-        if self.pending and time.monotonic() >= self.retry_at:
-            self._deliver()
+
+    def _new(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
+        """Without steps that were done again after an interruption and came to the same: times apart, they
+        are the rows that were delivered before.
+        """
+        found = []
+        for row in rows:
+            same = (row.step, row.metrics.get("loss"), frozenset(row.metrics))
+            if same not in self.seen:
+                self.seen.add(same)
+                found.append(row)
+        return found
 
     def _deliver(self) -> None:
+        with self.lock:
+            rows = list(self.pending)
+        if not rows or time.monotonic() < self.retry_at:
+            return
         try:
-            self.deliver(self.pending)
+            self.deliver(rows)
         except Exception as error:  # whatever it is, it must not end the training
             self.retry_at = time.monotonic() + RETRY_S
-            log.warning("training goes on; %d rows wait to be delivered: %s", len(self.pending), error)
+            log.warning("training goes on; %d rows wait to be delivered: %s", len(rows), error)
         else:
-            self.pending = []
+            with self.lock:
+                del self.pending[: len(rows)]
 
 
 def _read_from(path: Path, offset: int) -> tuple[list[MetricRow], int]:

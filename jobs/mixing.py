@@ -62,7 +62,7 @@ def open_stream(
     """What one rank draws of a stream, from `position` on. Raises as `training_stream` does."""
     train = job.train
     place = {"rank": rank, "world_size": world_size, "position": position, "seed": train.seed}
-    place["global_batch"] = getattr(train.batch, stream)
+    place["global_batch"] = getattr(train.batch, stream) // train.accumulate
     if pattern := train.tars.get(stream):
         tars = sorted(Path(path) for path in glob(str(store / pattern)))
         return foreign_stream(tars, make_batch=make_batch, **place)

@@ -5,19 +5,15 @@ it, also on other machines; once it has finished, it trains afresh under the nex
 """
 
 import logging
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray.train import (
-    CheckpointConfig,
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-    WorkerGroupError,
-)
+from ray.exceptions import RayError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs import cluster, console, evaluate, mixing
@@ -25,14 +21,14 @@ from jobs.console import Outcome, Progress
 from jobs.journal import Follower, MetricRow
 from jobs.store import code_version, digest, read_json, write_json
 from jobs.tracking import ModelVersion, Tracker, connect
-from jobs.worker import Duty, work
+from jobs.worker import Duty, Ending, MissingRank, work
 from pipelines.catalog import Catalog, DatasetVersion
 from pipelines.stream import StreamError
 from schemas.jobs import PretrainJob
 from schemas.tasks import NEEDS
 from xdecoder.inference.evaluator import Evaluation, Result
 from xdecoder.prompts import Vocabulary
-from xdecoder.training.trainer import NonFiniteLoss
+from xdecoder.training.checkpoint import CheckpointError
 
 log = logging.getLogger(__name__)
 # Settings that say where and how often, not what is learned: a run may be resumed with others.
@@ -48,6 +44,14 @@ PLACEMENT = {
     "checkpoint_every",
     "keep_checkpoints",
     "max_failures",
+    "min_workers",
+    "parallel",
+    "activation_checkpointing",
+    "validation",
+    "profile",
+    "compile",
+    "rewind",
+    "collective_timeout_s",
 }
 
 
@@ -66,14 +70,6 @@ class Training:
     def dataset(self) -> str:
         return f"{self.job.dataset.name}@{self.data.id}"
 
-    @property
-    def journal(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
     def remember(self, *, finished: bool) -> None:
         """`run.json` in the folder is how a later submission knows what to do."""
         said = {"mlflow_run": self.tracked, "dataset": self.dataset, "finished": finished}
@@ -91,12 +87,13 @@ def run(job: PretrainJob, store: Path, source: str) -> Outcome:
         training = _begin(job, store, source, data, tracker)
         with tracker.running(training.tracked):
             started = time.monotonic()
-            _fit(training, tracker, cpus)
+            duty = _duty(training, cpus)
+            _fit(training, duty, tracker)
             took = console.duration(time.monotonic() - started)
-            kept = evaluate.measure(training.model, store, job.dataset.name, data, job.evaluate)
+            kept = evaluate.measure(duty.model, store, job.dataset.name, data, job.evaluate)
             results = Evaluation.load(kept).results
             evaluate.log_results(tracker, training.tracked, results, kept, step=job.train.steps)
-            version = _register(training, tracker, results)
+            version = _register(training, duty.model, tracker, results)
     training.remember(finished=True)
     facts = {"run": training.folder.name, "model": version.model, "version": version.version}
     facts |= {"dataset": training.dataset, "kept in": str(training.folder), "training took": took}
@@ -121,7 +118,7 @@ def _cpus_per_worker(job: PretrainJob) -> int:
     train = job.train
     share = int(cluster.resources().get("CPU", 0)) // train.num_workers
     cpus = train.cpus_per_worker or max(1, share)
-    cluster.require(workers=train.num_workers, cpus=cpus, gpus=1 if train.use_gpu else 0)
+    cluster.require(workers=train.min_workers or train.num_workers, cpus=cpus, gpus=1 if train.use_gpu else 0)
     return cpus
 
 
@@ -155,48 +152,103 @@ def _folder(job: PretrainJob, store: Path, data: DatasetVersion) -> Path:
     return store / "runs" / f"{name}-{number}"
 
 
-def _fit(training: Training, tracker: Tracker, cpus: int) -> None:
-    trainer = _trainer(training, cpus)
-    progress = Progress("training", training.job.train.steps, unit="steps")
-
-    def show(row: MetricRow) -> None:
-        loss, waited = row.metrics.get("loss", float("nan")), row.metrics.get("data_wait_s", 0.0)
-        progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s")
-
-    def deliver(rows: Sequence[MetricRow]) -> None:
-        tracker.log_metrics(training.tracked, rows)
-
-    log.info("training: %d workers of %d CPUs", training.job.train.num_workers, cpus)
-    with Follower(training.journal, show=show, deliver=deliver):
-        try:
-            trainer.fit()
-        except WorkerGroupError as error:
-            raise _readable(error, training) from error
-
-
-def _trainer(training: Training, cpus: int) -> TorchTrainer:
-    job, data, train = training.job, training.data, training.job.train
-    known = mixing.joined(job, training.store, data)
-    duty = Duty(
-        job=job,
+def _duty(training: Training, cpus: int) -> Duty:
+    data = training.data
+    known = mixing.joined(training.job, training.store, data)
+    return Duty(
+        job=training.job,
         store=training.store,
         version=data.id,
         vocabulary=Vocabulary(taxonomy=known.taxonomy(seen_only=True), answers=known.card.answers),
         cpus=cpus,
-        journal=training.journal,
-        model=training.model,
+        folder=training.folder,
     )
+
+
+def _fit(training: Training, duty: Duty, tracker: Tracker) -> None:
+    """Raises `ValueError` where the training failed or was asked to stop."""
+    trainer = _trainer(training.job, duty)
+    progress = Progress("training", training.job.train.steps, unit="steps")
+
+    def show(row: MetricRow) -> None:
+        if "loss" in row.metrics:
+            loss, waited = row.metrics["loss"], row.metrics["data_wait_s"]
+            progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s")
+        else:  # a validation's
+            values = ", ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
+            log.info("step %d: %s", row.step, values)
+
+    def deliver(rows: Sequence[MetricRow]) -> None:
+        tracker.log_metrics(training.tracked, rows)
+        for step in {row.step for row in rows if any(name.startswith("val/") for name in row.metrics)}:
+            pictures = duty.validation / f"step-{step:08d}" / "pictures"
+            tracker.log_files(training.tracked, pictures, f"validation/step-{step:08d}")
+
+    log.info("training: %d workers of %d CPUs", training.job.train.num_workers, duty.cpus)
+    with Follower(duty.journal, show=show, deliver=deliver), _stoppable(duty):
+        try:
+            ending = trainer.fit().return_value
+        except WorkerGroupError as error:
+            raise _readable(error, training) from error
+        except RayError as error:  # what ran the training died: out of memory, a lost head node
+            raise ValueError(
+                f"training was cut off: {str(error).strip().splitlines()[0]}\n"
+                f"{training.folder} keeps its checkpoints; the same job submitted again goes on from the last"
+            ) from error
+    progress.close()
+    if duty.profile.is_dir():
+        tracker.log_files(training.tracked, duty.profile, "profile")
+    _require_the_end(ending, training)
+
+
+def _require_the_end(ending: Ending, training: Training) -> None:
+    if ending.kind == "stopped":
+        raise ValueError(
+            f"training stopped as asked, at step {ending.step}; "
+            "the same job submitted again goes on from there"
+        )
+    if ending.kind == "failed":
+        raise ValueError(
+            f"training failed: {ending.why}\n{training.folder} keeps its checkpoints; change what makes the "
+            "loss grow (train.optim.lr, train.optim.clip, the samples named above): with other settings "
+            "a new run begins"
+        )
+
+
+@contextmanager
+def _stoppable(duty: Duty) -> Iterator[None]:
+    """Inside, SIGTERM (a pre-emption, `ray job stop`) means: save a checkpoint now, and stop."""
+    duty.stop.unlink(missing_ok=True)
+
+    def stop(number: int, frame: object) -> None:
+        log.warning("SIGTERM: saving a checkpoint, then stopping")
+        duty.stop.touch()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        duty.stop.unlink(missing_ok=True)
+
+
+def _trainer(job: PretrainJob, duty: Duty) -> TorchTrainer:
+    train = job.train
+    fewest = train.min_workers or train.num_workers
     return TorchTrainer(
         lambda: work(duty),
-        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if train.use_gpu else "gloo", timeout_s=train.collective_timeout_s
+        ),
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker={"CPU": cpus}
+            num_workers=train.num_workers if fewest == train.num_workers else (fewest, train.num_workers),
+            use_gpu=train.use_gpu,
+            resources_per_worker={"CPU": duty.cpus},
         ),
         run_config=RunConfig(
-            name=training.folder.name,
-            storage_path=str(training.folder.parent),
+            name=duty.folder.name,
+            storage_path=str(duty.folder.parent),
             failure_config=FailureConfig(max_failures=train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -205,7 +257,7 @@ def _trainer(training: Training, cpus: int) -> TorchTrainer:
 def _readable(error: WorkerGroupError, training: Training) -> Exception:
     """What the user can mend, without the stacks of all workers; anything else as it is."""
     for rank, failure in sorted(error.worker_failures.items()):
-        if isinstance(failure, ValueError | NonFiniteLoss | StreamError):
+        if isinstance(failure, ValueError | MissingRank | CheckpointError | StreamError):
             return ValueError(
                 f"training failed on rank {rank}: {failure}\n"
                 f"{training.folder} keeps its checkpoints; the same job submitted again goes on from the last"
@@ -213,7 +265,7 @@ def _readable(error: WorkerGroupError, training: Training) -> Exception:
     return error
 
 
-def _register(training: Training, tracker: Tracker, results: Sequence[Result]) -> ModelVersion:
+def _register(training: Training, model: Path, tracker: Tracker, results: Sequence[Result]) -> ModelVersion:
     """The exported model as the next version, with its lineage."""
     lineage = {
         "dataset": training.dataset,
@@ -223,6 +275,6 @@ def _register(training: Training, tracker: Tracker, results: Sequence[Result]) -
     }
     measured = {f"{result.task}.{result.metric}": f"{result.value:.4f}" for result in results}
     name = training.job.registered_model
-    version = tracker.register(training.tracked, name, training.model, lineage | measured)
+    version = tracker.register(training.tracked, name, model, lineage | measured)
     log.info("registered %s version %d", version.model, version.version)
     return version

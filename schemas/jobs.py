@@ -477,6 +477,9 @@ class AugmentConfig(Settings):
     )
     scale: tuple[float, float] = Field(default=(0.1, 2.0), description="large-scale jitter")
     flip: Fraction = 0.5
+    colour: bool = Field(
+        default=False, description="brightness, contrast, saturation and hue by chance (SSD, as Mask2Former)"
+    )
     image_text_size: Annotated[int, Field(ge=32)] = 224
 
 
@@ -489,6 +492,17 @@ class OptimConfig(Settings):
     schedule: Literal["multistep", "poly", "cosine", "constant"] = "multistep"
     milestones: tuple[Fraction, ...] = (0.88889, 0.96296)
     clip: float = Field(default=5.0, gt=0, description="L2 norm of all gradients")
+
+
+class ValidationConfig(Settings):
+    """Looks at held-out images during training, with the tasks and thresholds of `evaluate`."""
+
+    every: NonNegative = Field(default=0, description="steps between them, a checkpoint each; 0 is none")
+    limit: Positive = Field(default=32, description="at most this many images per stream")
+    pictures: NonNegative = Field(default=2, description="overlay pictures of each task")
+    metric: str = Field(
+        default="", description="task/metric, higher is better, whose best checkpoint is kept: panoptic/PQ"
+    )
 
 
 class TrainConfig(Settings):
@@ -513,7 +527,30 @@ class TrainConfig(Settings):
         description="folder on each machine that keeps shards of a store far away; empty reads them there",
     )
     cache_gb: float = Field(default=100.0, gt=0, description="its size, which the ranks of a machine share")
+    min_workers: NonNegative = Field(
+        default=0, description="elastic: fewer will do while machines are missing; 0 is num_workers"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="fsdp cuts weights, gradients and optimiser among the ranks (FSDP2)"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
+    accumulate: Positive = Field(
+        default=1,
+        description="parts that a step's batch is worked through in; what is learned stays the same, to "
+        "rounding, but for batch norms and for points and rivals drawn by chance",
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="less memory for more time: blocks are computed again for their gradient"
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile of the repeated blocks; the first steps take minutes"
+    )
+    ema_decay: Fraction = Field(
+        default=0.0, description="of an average of the weights over steps, e.g. 0.9999; 0 keeps none"
+    )
+    export: Literal["trained", "average"] = Field(
+        default="trained", description="which weights become the model; average needs ema_decay"
+    )
     tasks: tuple[Task, ...] = TASKS
     task_sampling: tuple[Fraction, Fraction, Fraction] = Field(
         default=(0.33, 0.33, 0.34), description="probability of semantic, instance, panoptic for each image"
@@ -529,16 +566,36 @@ class TrainConfig(Settings):
     log_every: Positive = 20
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
+    validation: ValidationConfig = ValidationConfig()
+    profile: tuple[NonNegative, NonNegative] | None = Field(
+        default=None, description="trace the steps from .. to with torch.profiler, an artifact of the run"
+    )
     max_failures: NonNegative = 3
+    rewind: bool = Field(
+        default=True,
+        description="after a loss that is no number, go back to the last checkpoint once and pass over the "
+        "samples since; the second time the training stops",
+    )
+    collective_timeout_s: Positive = Field(
+        default=1800, description="a rank that does not come for so long ends the attempt"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         if not self.tasks:
             raise ValueError(f"tasks is empty; choose from {list(TASKS)}")
+        if self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} exceeds num_workers {self.num_workers}")
         for what in get_args(Literal["segmentation", "image_text"]):
-            if getattr(self.batch, what) % self.num_workers:
-                size = getattr(self.batch, what)
-                raise ValueError(f"batch.{what} {size} cannot be divided by {self.num_workers} workers")
+            size = getattr(self.batch, what)
+            for workers in range(self.min_workers or self.num_workers, self.num_workers + 1):
+                if size % (workers * self.accumulate):
+                    parts = f" in {self.accumulate} parts" if self.accumulate > 1 else ""
+                    raise ValueError(f"batch.{what} {size} cannot be divided by {workers} workers{parts}")
+        if self.profile and self.profile[0] >= self.profile[1]:
+            raise ValueError(f"profile {list(self.profile)}: give the first step and the one after the last")
+        if self.export == "average" and not self.ema_decay:
+            raise ValueError("export: average needs ema_decay, e.g. 0.9999")
         if self.loss.matching == "fixed" and {"instance", "panoptic"} & set(self.tasks):
             raise ValueError("loss.matching=fixed has one latent a class: leave instance and panoptic out")
         if abs(sum(self.task_sampling) - 1) > 1e-6:
@@ -714,6 +771,18 @@ class PretrainJob(Job):
             raise ValueError(
                 f"train.loss.matching=fixed needs a latent for each of model.classes {self.model.classes}, "
                 f"there are {self.model.latents}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _validation_measures_what_decides(self) -> "PretrainJob":
+        validation = self.train.validation
+        if validation.metric and not validation.every:
+            raise ValueError("train.validation.metric needs train.validation.every")
+        if validation.metric and validation.metric.partition("/")[0] not in self.evaluate.tasks:
+            raise ValueError(
+                f"train.validation.metric {validation.metric!r}: write task/metric with a task of "
+                f"evaluate.tasks {list(self.evaluate.tasks)}"
             )
         return self
 

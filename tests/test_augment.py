@@ -7,7 +7,7 @@ from tiny import COLOURS, samples
 from schemas.jobs import AugmentConfig
 from schemas.masks import Array, encode_rle
 from schemas.records import Question, Referring, Sample, SampleMeta, Segment
-from xdecoder.training.augment import PAD_VALUE, View, jittered, resized
+from xdecoder.training.augment import PAD_VALUE, View, coloured, jittered, resized
 
 SQUARE = AugmentConfig(image_size=64, scale=(1, 1), flip=0, image_text_size=48)
 FLIPPED = SQUARE.model_copy(update={"flip": 1})
@@ -161,3 +161,28 @@ def test_samples_without_labels_or_regions_stay_so() -> None:
     meta = sample.meta.model_copy(update={"segments": None, "referring": ()})
     view = jittered(Sample(meta=meta, image=sample.image, labels=None), WILD, np.random.default_rng(0))
     assert view.labels is None and view.segments == () and view.masks.shape == (0, 48, 48)
+
+
+def test_colour_changes_the_picture_alone_and_is_off_by_default() -> None:
+    sample = samples(1)[0]
+    vivid = SQUARE.model_copy(update={"colour": True})
+    for seed in range(8):
+        plain, other = (jittered(sample, c, np.random.default_rng(seed)) for c in (SQUARE, vivid))
+        assert plain.labels is not None and other.labels is not None
+        assert np.array_equal(plain.labels, other.labels) and np.array_equal(plain.masks, other.masks)
+        assert (other.image[other.size[0] :] == PAD_VALUE).all()
+    assert any(
+        not np.array_equal(*(jittered(sample, c, np.random.default_rng(s)).image for c in (SQUARE, vivid)))
+        for s in range(8)
+    )
+    assert not AugmentConfig().colour
+
+
+def test_colour_stays_within_the_jitter_of_the_papers() -> None:
+    """Grey has no hue and no saturation: brightness adds up to 32, contrast multiplies by 0.5 to 1.5."""
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    values = [coloured(grey, np.random.default_rng(seed)) for seed in range(300)]
+    assert all((v == v[0, 0, 0]).all() for v in values)
+    found = np.array([v[0, 0, 0] for v in values])
+    assert found.min() >= 33 and found.max() <= 199 and found.min() < 60 and found.max() > 150
+    assert 0.15 < (found == 100).mean() < 0.35  # a quarter meets neither of the two

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,13 @@ def test_a_model_gains_nothing_on_itself(whole: Evaluation, tmp_path: Path) -> N
             if math.isfinite(value):
                 gains = whole.gains(again, task, metric, resamples=20)
                 assert gains.shape == (20,) and np.nan_to_num(gains).tolist() == [0.0] * 20
+
+
+def test_gains_on_a_task_that_one_did_not_sit_are_refused(whole: Evaluation) -> None:
+    lacking = replace(whole, metrics={task: m for task, m in whole.metrics.items() if task != "vqa"})
+    for ours, theirs, who in ((lacking, whole, "candidate"), (whole, lacking, "champion")):
+        with pytest.raises(ValueError, match=f"the {who} was not examined on 'vqa', only on .*panoptic"):
+            ours.gains(theirs, "vqa", "accuracy", 5)
 
 
 def test_gains_are_those_of_the_same_images(whole: Evaluation, other: Evaluation) -> None:

@@ -1,6 +1,12 @@
 """The running thread, with real Ray and MLflow: train, interrupt, resume, register, evaluate, promote."""
 
 import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,21 +84,58 @@ def test_every_task_has_results_with_examples(first: Outcome) -> None:
 
 
 def test_the_same_job_again_trains_afresh_with_the_same_curve(store: Path, first: Outcome) -> None:
-    again = pretrain(store)
+    """Also where it is watched more closely: neither validation nor a trace changes what is learned."""
+    watched = "train.validation={every: 4, limit: 2, pictures: 1, metric: panoptic/PQ}"
+    again = pretrain(store, watched, "train.profile=[1, 2]")
     assert again.facts["run"] != first.facts["run"]
     assert again.facts["version"] != first.facts["version"]
     assert curve(store, again) == curve(store, first)
+    folder, tracker = store / "runs" / again.facts["run"], connect(store)
+    measured = journal.read(folder / "metrics.jsonl")[-1].metrics
+    assert {"val/panoptic/PQ", "epoch/segmentation", "memory/process_gb"} <= measured.keys()
+    kept = json.loads((folder / "checkpoints" / "step-00000004" / "checkpoint.json").read_text())
+    assert kept["metric"] == measured["val/panoptic/PQ"]
+    run = tracker.version("demo", again.facts["version"]).run
+    pictures = tracker.client.list_artifacts(run, "validation/step-00000004")
+    traces = tracker.client.list_artifacts(run, "profile")
+    assert pictures and [Path(trace.path).name for trace in traces] == ["steps-1-2.json.gz"]
+
+
+@contextmanager
+def terminated_when_training_begins(store: Path, name: str) -> Iterator[None]:
+    """SIGTERM for this process, which is the driver, as soon as a worker is there."""
+
+    def wait() -> None:
+        while not over.is_set():
+            if list((store / "runs").glob(f"{name}-*/checkpoints")):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.005)
+
+    over = threading.Event()
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_an_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(
     store: Path, first: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver dies after training, before anything is evaluated: the run is unfinished and goes on."""
+    """The machine is taken away, with notice; then the driver dies after training, before anything is
+    evaluated: the run is unfinished and goes on.
+    """
 
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     name = "name=interrupted"
+    stopped = pytest.raises(ValueError, match=r"stopped as asked, at step [1-3]; the same job")
+    with terminated_when_training_begins(store, "interrupted"), stopped:
+        pretrain(store, name)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("jobs.evaluate.measure", killed)
         pretrain(store, name)
@@ -102,6 +145,7 @@ def test_an_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(
     assert outcome.facts["run"] == folder.name
     assert (folder / "metrics.jsonl").read_bytes() == before, "no step was trained twice"
     assert curve(store, outcome) == curve(store, first)
+    assert [row.step for row in journal.rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_what_the_cluster_cannot_place_is_refused_at_once(store: Path) -> None:

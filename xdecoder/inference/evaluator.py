@@ -88,9 +88,15 @@ class Evaluation:
     def gains(self, champion: "Evaluation", task: Task, metric: str, resamples: int, seed: int = 0) -> Array:
         """Candidate minus champion on `resamples` draws of the same images, float64[resamples].
 
-        Paired bootstrap over images. Raises `ValueError` where the metric cannot be recomputed from rows, or
-        the two did not see the same number of images.
+        Paired bootstrap over images. Raises `ValueError` where one of the two was not examined on the task,
+        the metric cannot be recomputed from rows, or the two did not see the same number of images.
         """
+        for who, of in (("candidate", self), ("champion", champion)):
+            if task not in of.metrics:
+                raise ValueError(
+                    f"the {who} was not examined on {task!r}, only on {sorted(of.metrics)}: "
+                    "add it to evaluate.tasks, or leave out the rule"
+                )
         ours, theirs = self.metrics[task], champion.metrics[task]
         count = _images(ours)
         if count != _images(theirs):

@@ -1,9 +1,11 @@
 """A finished model on disk: weights as safetensors, and one JSON document. Nothing in it can execute."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from schemas.jobs import ModelConfig
 from schemas.taxonomy import Taxonomy
@@ -31,10 +33,13 @@ class ModelCard(BaseModel):
         return Vocabulary(taxonomy=self.taxonomy, answers=self.answers)
 
 
-def save_model(model: XDecoder, card: ModelCard, folder: Path) -> None:
-    """Write both files."""
+def save_model(
+    model: XDecoder, card: ModelCard, folder: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write both files; `weights` are written in the place of the model's own."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    state = model.state_dict() if weights is None else weights
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS)
     (folder / CARD).write_text(card.model_dump_json(indent=1), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Samples to training views: jitter, crop and flip, applied to picture, masks and words together.
+"""Samples to training views: jitter, crop, flip and colour, applied to picture, masks and words together.
 
 Letters: `H W` pixels of the sample, `S` side of the square view.
 """
@@ -102,7 +102,7 @@ def jittered(sample: Sample, config: AugmentConfig, rng: np.random.Generator) ->
     scaled = (max(1, round(height * fit)), max(1, round(width * fit)))
     top, left = (int(rng.integers(0, max(0, s - side) + 1)) for s in scaled)
     geometry = _Geometry(scaled=scaled, corner=(top, left), side=side, flip=bool(rng.random() < config.flip))
-    return _view(sample, geometry)
+    return _view(sample, geometry, config, rng)
 
 
 def resized(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> View:
@@ -111,16 +111,45 @@ def resized(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> 
     """
     side = config.image_text_size
     flip = bool(rng.random() < config.flip)
-    return _view(sample, _Geometry(scaled=(side, side), corner=(0, 0), side=side, flip=flip))
+    geometry = _Geometry(scaled=(side, side), corner=(0, 0), side=side, flip=flip)
+    return _view(sample, geometry, config, rng)
 
 
-def _view(sample: Sample, geometry: _Geometry) -> View:
+def coloured(pixels: Array, rng: np.random.Generator) -> Array:
+    """Other brightness, contrast, saturation and hue, each in half of the cases: uint8[H, W, 3] -> the same.
+
+    SSD's colour jitter as Mask2Former and OneFormer use it: brightness +-32, contrast and saturation times
+    0.5 to 1.5, hue +-18 of 180; contrast before the two others or after them.
+    """
+    early = bool(rng.random() < 0.5)
+    x = pixels.astype(np.float32)
+    x = x + rng.uniform(-32, 32) if rng.random() < 0.5 else x
+    x = _contrasted(x, rng) if early else x
+    hsv = np.array(Image.fromarray(x.clip(0, 255).astype(np.uint8)).convert("HSV")).astype(np.float32)
+    if rng.random() < 0.5:
+        hsv[..., 1] = (hsv[..., 1] * rng.uniform(0.5, 1.5)).clip(0, 255)
+    if rng.random() < 0.5:
+        hsv[..., 0] = (hsv[..., 0] + rng.uniform(-18, 18) * 256 / 180) % 256
+    x = np.array(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")).astype(np.float32)
+    x = x if early else _contrasted(x, rng)
+    return x.clip(0, 255).astype(np.uint8)
+
+
+def _contrasted(pixels: Array, rng: np.random.Generator) -> Array:
+    return pixels * np.float32(rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else pixels
+
+
+def _view(sample: Sample, geometry: _Geometry, config: AugmentConfig, rng: np.random.Generator) -> View:
+    image = geometry.picture(sample.image)
+    if config.colour:
+        inside = np.s_[: geometry.size[0], : geometry.size[1]]
+        image[inside] = coloured(image[inside], rng)
     words = mirror if geometry.flip else str
     referring = sample.meta.referring
     masks = [geometry.labels(decode_rle(r.mask)) for r in referring]
     return View(
         key=sample.key,
-        image=geometry.picture(sample.image),
+        image=image,
         size=geometry.size,
         labels=None if sample.labels is None else geometry.labels(sample.labels),
         segments=sample.meta.segments or (),

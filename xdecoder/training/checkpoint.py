@@ -1,27 +1,166 @@
-"""Training state on disk: everything that changes, so that going on is the same as never having stopped."""
+"""Training state on disk: everything that changes, so that going on is the same as never having stopped.
 
+A run's folder holds `step-00000400`, `step-00000800` ...; in each, a file a rank and `checkpoint.json`, which
+has their SHA-256. Such a folder takes its name when all of it is written. Under DDP rank 0's file holds the
+weights, under FSDP2 each rank's its share of them; either is read on any number of ranks.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from xdecoder.model.files import ModelCard, save_model
+from xdecoder.training import parallel
 from xdecoder.training.trainer import Trainer
 
-STATE = "rank{rank}.pt"
+log = logging.getLogger(__name__)
+STATE, MANIFEST = "rank{rank}.pt", "checkpoint.json"
+
+
+class CheckpointError(RuntimeError):
+    """Checkpoints that cannot be written, twice in a row."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: written beside the training, found again, thinned out.
+
+    keep    so many newest stay, and the one with the best metric
+    facts   stands in each manifest: the resolved job, the dataset version
+    """
+
+    def __init__(self, folder: Path, *, keep: int, facts: Mapping[str, Any]) -> None:
+        self.folder, self.keep, self.facts = folder, keep, dict(facts)
+        # of its own, because it is used from a thread, beside the training's
+        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.thread: threading.Thread | None = None
+        self.failed = 0
+        self.error: Exception | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, trainer: Trainer, metric: float | None = None) -> None:
+        """Begin a checkpoint: training may go on when this returns. Every rank has to come.
+
+        Raises `CheckpointError` where the two before failed; after one, the training goes on.
+        """
+        self.wait()
+        facts = {"step": trainer.step, "ranks": trainer.world_size, "metric": metric, **self.facts}
+        self.thread = threading.Thread(
+            target=self._run, args=(_state(trainer), facts), name="checkpoint", daemon=True
+        )
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the checkpoint that was begun is there, or has failed. Raises as `save`."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.failed > 1:
+            self.failed = 0
+            raise CheckpointError(
+                f"checkpoints could not be written to {self.folder} twice in a row: {self.error}; "
+                "the run keeps those before them"
+            )
+
+    def restore(self, trainer: Trainer) -> Path | None:
+        """Go on from the newest checkpoint that is whole; None where there is none. Every rank has to
+        come.
+        """
+        if self.rank == 0:
+            for leftover in self.folder.glob(".step-*"):
+                shutil.rmtree(leftover)
+        found = self._exchange(newest(self.folder) if self.rank == 0 else None)[0]
+        if found is not None:
+            restore(trainer, found)
+        return found
+
+    def _run(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        """The thread. What goes wrong in it is raised by the next `wait`."""
+        try:
+            self._write(state, facts)
+        except Exception as error:  # a rank that is gone
+            self.failed, self.error = 2, error
+
+    def _write(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        """All ranks come to the same end."""
+        name = f"step-{facts['step']:08d}"
+        unfinished = self.folder / f".{name}"
+        mine = self._attempt(_write_part, state, unfinished, self.rank)
+        every = self._exchange(mine)
+        if self.rank == 0 and not any(isinstance(part, Exception) for part in every):
+            files = {STATE.format(rank=rank): part for rank, part in enumerate(every)}
+            mine = self._attempt(self._commit, unfinished, name, {**facts, "files": files})
+        errors = [part for part in self._exchange(mine) if isinstance(part, Exception)]
+        self.failed = self.failed + 1 if errors else 0
+        if errors:
+            self.error = errors[0]
+            log.warning("no checkpoint at step %d, the training goes on: %s", facts["step"], self.error)
+            if self.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """What it returns, or why it could not: a full disk, a share that is away."""
+        try:
+            return action(*arguments)
+        except Exception as error:
+            return error
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        """What each rank has, in rank order."""
+        if self.group is None:
+            return [mine]
+        every = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(every, mine, group=self.group)
+        return every
+
+    def _commit(self, unfinished: Path, name: str, facts: dict[str, Any]) -> None:
+        with (unfinished / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(facts, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # a damaged one, which is made again
+        _sync(unfinished)
+        unfinished.rename(self.folder / name)
+        _sync(self.folder)
+        self._thin_out()
+
+    def _thin_out(self) -> None:
+        kept = _all(self.folder)
+        scores = {path: metric for path in kept if (metric := _metric(path)) is not None}
+        best = max(scores, key=lambda path: scores[path], default=None)
+        for path in kept[: -self.keep]:
+            if path != best:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run whose files are those that were written; others are warned of."""
+    for path in reversed(_all(folder)):
+        fault = _fault(path)
+        if fault is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s): going back to the one before", path, fault)
+    return None
 
 
 def save(trainer: Trainer, folder: Path) -> None:
-    """Write this rank's part of a checkpoint; rank 0's also holds what all ranks share."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Any] = {
-        "step": trainer.step,
-        "positions": dict(trainer.positions),
-        "random": torch.get_rng_state(),
-    }
-    if trainer.rank == 0:
-        state |= {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
-    torch.save(state, folder / STATE.format(rank=trainer.rank))
+    """Write this rank's part of a checkpoint now."""
+    _write_part(_state(trainer), folder, trainer.rank)
 
 
 def restore(trainer: Trainer, folder: Path) -> None:
@@ -29,21 +168,29 @@ def restore(trainer: Trainer, folder: Path) -> None:
 
     Raises `ValueError` where there is no checkpoint or it is of another model.
     """
-    shared = _load(folder / STATE.format(rank=0))
+    parts = [_load(folder / STATE.format(rank=0))]
+    parts += [_load(folder / STATE.format(rank=rank)) for rank in range(1, parts[0]["shares"])]
     try:
-        trainer.model.load_state_dict(shared["model"])
-    except RuntimeError as error:
+        _fill(trainer.model.state_dict(), parts, "model")
+    except (RuntimeError, KeyError) as error:
         raise ValueError(f"{folder}: the checkpoint is of another model: {error}") from None
-    trainer.optimizer.load_state_dict(shared["optimizer"])
-    trainer.step, trainer.positions = shared["step"], shared["positions"]
+    if trainer.average:
+        _fill(trainer.average, parts, "average")
+    _fill_optimizer(trainer, parts)
+    shared = parts[0]
+    trainer.step, trainer.positions, trainer.rewound = shared["step"], shared["positions"], shared["rewound"]
     own = folder / STATE.format(rank=trainer.rank)
     if own.is_file():
-        torch.set_rng_state(_load(own)["random"])
+        set_chance(_load(own)["random"])
 
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Write the model for prediction."""
-    save_model(trainer.model, card(trainer), folder)
+    """Write the model for prediction: rank 0 does, all have to come."""
+    weights = {name: parallel.full(tensor) for name, tensor in trainer.model.state_dict().items()}
+    if trainer.config.export == "average":
+        weights |= {name: parallel.full(tensor) for name, tensor in trainer.average.items()}
+    if trainer.rank == 0:
+        save_model(trainer.model, card(trainer), folder, weights)
 
 
 def card(trainer: Trainer) -> ModelCard:
@@ -57,8 +204,166 @@ def card(trainer: Trainer) -> ModelCard:
     )
 
 
+# ------------------------------------------------------------------------------------- from and to memory
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    """What this rank adds to a checkpoint, copied: the training goes on meanwhile.
+
+    cut     names of the weights of which each rank's file has a share of the rows
+    """
+    weights = trainer.model.state_dict()
+    cut = [name for name, tensor in weights.items() if isinstance(tensor, DTensor)]
+    state: dict[str, Any] = {
+        "step": trainer.step,
+        "positions": dict(trainer.positions),
+        "rewound": trainer.rewound,
+        "random": chance(),
+        "shares": trainer.world_size if cut else 1,
+        "cut": cut,
+    }
+    if cut or trainer.rank == 0:
+        moments = {name: trainer.optimizer.state[p] for name, p in trainer.model.named_parameters()}
+        state |= {"model": weights, "average": trainer.average, "optimizer": moments}
+    return dict(tree_map_only(Tensor, lambda x: parallel.local(x).detach().to("cpu", copy=True), state))
+
+
+def _fill(tensors: Mapping[str, Tensor], parts: Sequence[Mapping[str, Any]], section: str) -> None:
+    """Copy what the parts hold together into the tensors, or into the shares of them that this rank has."""
+    differ = tensors.keys() ^ parts[0][section].keys()
+    if differ:
+        raise KeyError(f"one of the two alone has {sorted(differ)[:8]}")
+    for name, tensor in tensors.items():
+        _copy(tensor, _whole([part[section][name] for part in parts], name in parts[0]["cut"]))
+
+
+def _fill_optimizer(trainer: Trainer, parts: Sequence[Mapping[str, Any]]) -> None:
+    for name, parameter in trainer.model.named_parameters():
+        for key, value in parts[0]["optimizer"][name].items():
+            like = torch.zeros_like(parameter, requires_grad=False) if value.ndim else value
+            cut = name in parts[0]["cut"] and value.ndim > 0
+            _copy(like, _whole([part["optimizer"][name][key] for part in parts], cut))
+            trainer.optimizer.state[parameter][key] = like.to(parameter.device)
+
+
+def _whole(shares: Sequence[Tensor], cut: bool) -> Tensor:
+    return torch.cat(list(shares)) if cut else shares[0]
+
+
+@torch.no_grad()
+def _copy(target: Tensor, whole: Tensor) -> None:
+    if target.shape != whole.shape:
+        raise RuntimeError(f"size mismatch: {tuple(whole.shape)} for {tuple(target.shape)}")
+    if not isinstance(target, DTensor):
+        target.copy_(whole)
+        return
+    own = target.to_local()  # rows in rank order, as torch.chunk cuts them
+    rows = [len(chunk) for chunk in whole.chunk(dist.get_world_size())][: dist.get_rank()]
+    own.copy_(whole[sum(rows) : sum(rows) + len(own)])
+
+
+def chance() -> dict[str, Any]:
+    """The state of every source of chance in this process."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_chance(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+
+
+# ------------------------------------------------------------------------------------- from and to disk
+
+
+def _write_part(state: Mapping[str, Any], folder: Path, rank: int) -> str:
+    """Write one rank's file and return its SHA-256, of what can be read back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / STATE.format(rank=rank)
+    with path.open("wb", buffering=0) as file:
+        out = _Out(file)
+        try:
+            torch.save(state, cast(IO[bytes], out))
+        except RuntimeError as error:  # torch's writer hides what the system said
+            raise out.error or error from error
+        os.fsync(file.fileno())
+    return _sha256(path)
+
+
+class _Out:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        left = memoryview(data).cast("B")
+        try:
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            self.error = OSError(error.errno, error.strerror, self.file.name)
+            raise
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     loaded: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     return loaded
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut; a rename alone does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _all(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+
+
+def _metric(path: Path) -> float | None:
+    try:
+        metric: float | None = _manifest(path)["metric"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return metric
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = _manifest(path)["files"]
+        wrong = [name for name, digest in files.items() if _sha256(path / name) != digest]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"not what was written: {', '.join(wrong)}" if wrong else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from schemas.jobs import LossConfig
@@ -24,6 +22,7 @@ from xdecoder.model.decoder import Outputs, Pixels, Prediction
 from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import MAX_SCALE, XDecoder
 from xdecoder.prompts import END, PAD, VOCABULARY_SIZE
+from xdecoder.training import joined
 from xdecoder.training.batch import AnswerTargets, MaskTargets, PhraseTargets, Work
 from xdecoder.training.matcher import ALPHA, GAMMA, Pairs, Pixelwise, match, match_fixed, sample_points
 
@@ -133,14 +132,15 @@ def pixel_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """
     large = F.interpolate(logits.float(), size=truth.shape[-2:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(large, truth, ignore_index=-1, reduction="sum")
-    return total / mean_over_ranks((truth >= 0).sum()).clamp(min=1)
+    return total / joined.number((truth >= 0).sum(), truth.device)
 
 
 def class_loss(logits: Tensor, labels: Tensor, pairs: Pairs, no_object: float) -> Tensor:
     """Weighted cross-entropy over K classes and no-object, summed over predictions.
 
     logits   float[L, R, O, K + 1]; labels int64[R, M]; pairs from `match`; unmatched latents want the last
-    column, which weighs `no_object`; the mean divides by the sum of weights, as PyTorch's does
+    column, which weighs `no_object`; the mean divides by the sum of weights, as PyTorch's does, over all
+    ranks
     """
     layers, rows, _, columns = logits.shape
     wanted = torch.full(logits.shape[:3], columns - 1, device=logits.device)
@@ -148,10 +148,12 @@ def class_loss(logits: Tensor, labels: Tensor, pairs: Pairs, no_object: float) -
         wanted[i // rows, i % rows, queries] = labels[i % rows, targets]
     weight = torch.ones(columns, device=logits.device)
     weight[-1] = no_object
+    own = weight[wanted[0]].sum()  # the same for every layer: each matches as many
+    share = own / joined.number(own, own.device, least=torch.finfo(own.dtype).tiny)
     if not rows:
         return logits.sum() * 0
     losses = [F.cross_entropy(logits[i].flatten(0, 1), wanted[i].flatten(), weight) for i in range(layers)]
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum() * share
 
 
 def _region_loss(scene: Scene, work: Work, targets: MaskTargets) -> Tensor:
@@ -159,7 +161,7 @@ def _region_loss(scene: Scene, work: Work, targets: MaskTargets) -> Tensor:
     meaning = scene.model.decoder.name_regions(scene.pixels, work.images, targets.masks)
     logits = scene.model.class_logits(meaning, scene.classes)
     real = (targets.labels >= 0) & targets.masks.flatten(2).any(-1)
-    number = mean_over_ranks(real.sum()).clamp(min=1)
+    number = joined.number(real.sum(), real.device)
     return F.cross_entropy(logits[real], targets.labels[real], reduction="sum") / number
 
 
@@ -169,8 +171,8 @@ def mask_losses(
     """A pixelwise loss and dice of the matched masks, summed over masks and predictions.
 
     logits float[L, R, O, h, w], truth float[R, M, H, W]. On points of the mask, or on every pixel of the
-    truth where `config.points` is 0. Divided by the mean number of target masks over ranks, at least one.
-    Without a match both are zero and connected to the graph.
+    truth where `config.points` is 0. Divided by the number of target masks of all ranks, at least one, times
+    the number of ranks. Without a match both are zero and connected to the graph.
     """
     layer, row, query, _ = matched(pairs, len(truth)).to(logits.device).unbind(1)
     return matched_losses(logits[layer, row, query], truth, pairs, config, pixelwise)
@@ -189,8 +191,7 @@ def matched_losses(
 ) -> tuple[Tensor, Tensor]:
     """As `mask_losses`, of the logits float[n, h, w] of the matched masks, in the order of `matched`."""
     rows = len(truth)
-    count = torch.tensor(sum(len(q) for q, _ in pairs[-rows:]), device=logits.device)
-    number = mean_over_ranks(count).clamp(min=1)
+    number = joined.number(sum(len(q) for q, _ in pairs[-rows:]) if rows else 0, logits.device)
     if not len(logits):
         zero = logits.sum() * 0
         return zero, zero
@@ -318,12 +319,13 @@ def equal_phrases(ids: Tensor, counts: Sequence[int]) -> list[Tensor]:
 
 
 def grounding_loss(logits: Tensor, pairs: Pairs, same: Sequence[Tensor] | None = None) -> Tensor:
-    """For every phrase, cross-entropy over the latents: float[L, R, O, M]; mean over phrases, summed over
-    predictions.
+    """For every phrase, cross-entropy over the latents: float[L, R, O, M]; mean over the phrases of all
+    ranks, summed over predictions.
 
     same    from `equal_phrases`: such phrases want all latents that any of them is matched to, in equal parts
     """
     layers, rows = logits.shape[:2]
+    number = joined.number(sum(len(q) for q, _ in pairs[:rows]), logits.device)
     terms = []
     for layer in range(layers):
         losses = []
@@ -335,7 +337,7 @@ def grounding_loss(logits: Tensor, pairs: Pairs, same: Sequence[Tensor] | None =
                 wanted = equal @ F.one_hot(wanted, logits.shape[2]).to(logits) / equal.sum(1, keepdim=True)
             losses.append(F.cross_entropy(logits[layer, row, :, targets].T, wanted, reduction="none"))
         every = torch.cat((logits[layer].flatten()[:0], *losses))
-        terms.append(every.sum() / max(1, len(every)))
+        terms.append(every.sum() / number)
     return torch.stack(terms).sum()
 
 
@@ -361,23 +363,27 @@ def retrieval(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
 
 
 def fine_contrast(latents: Tensor, captions: TextFeatures, scale: Tensor) -> Tensor:
-    """Latents against single tokens of this rank's batch: float[R, O, D] and R captions -> a number.
+    """Latents against single tokens of all ranks' captions: float[R, O, D] and R captions -> a number.
 
     A token's share of its picture's target grows linearly with its place (X-Decoder, 3.7 B).
     """
     keep = ~captions.padding
     place = torch.arange(1, keep.shape[1] + 1, device=keep.device) * keep
-    share = (place / place.sum(1, keepdim=True))[keep]
-    owner = keep.nonzero()[:, 0]
-    tokens = F.normalize(captions.tokens[keep], dim=-1)
-    logits = scale * F.normalize(latents, dim=-1).mean(1) @ tokens.T  # the mean of cosines is one product
-    to_tokens = -(
-        logits.log_softmax(1)[owner, torch.arange(len(owner), device=owner.device)] * share
-    ).sum() / max(1, len(latents))
-    to_images = -(
-        logits.log_softmax(0)[owner, torch.arange(len(owner), device=owner.device)] * share
-    ).sum() / max(1, len(owner))
-    return 0.7 * to_tokens + 0.3 * to_images
+    share = joined.parts((place / place.sum(1, keepdim=True))[keep])
+    lengths = joined.parts(keep.sum(1))
+    tokens = joined.parts(F.normalize(captions.tokens[keep], dim=-1))
+    pictures = joined.parts(F.normalize(latents, dim=-1).mean(1))  # the mean of cosines is one product
+    (every_picture, picture), (every_token, token) = joined.gather(pictures), joined.gather(tokens)
+    owner = torch.arange(len(lengths), device=keep.device).repeat_interleave(lengths)
+    here = torch.arange(len(owner), device=keep.device)
+    scale = joined.fixed(scale)
+    rows = scale * pictures @ every_token.T
+    columns = scale * every_picture @ tokens.T if joined.world() > 1 else rows
+    to_tokens = -(rows.log_softmax(1)[owner, here + token] * share).sum()
+    to_images = -(columns.log_softmax(0)[owner + picture, here] * share).sum()
+    to_tokens = to_tokens * joined.world() / max(1, len(every_picture))
+    to_images = to_images * joined.world() / max(1, len(every_token))
+    return joined.once(0.7 * to_tokens + 0.3 * to_images)
 
 
 def captioning(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
@@ -386,11 +392,12 @@ def captioning(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     keep = ~texts.padding[:, 1:]  # padding never meets the vocabulary
     wanted = texts.ids[:, 1:][keep]
     rivals, places, counts = candidates(wanted, scene.config.caption_negatives)
+    number = joined.number(keep.sum(), keep.device) + 1 / joined.world()  # one more than there are words
     losses = []
     for prediction in outputs.predictions[-scene.config.top_layers :]:
         assert prediction.text is not None
         logits = scene.model.caption_logits(prediction.text[:, :-1][keep], rivals) + counts
-        losses.append(F.cross_entropy(logits, places, reduction="sum") / (keep.sum() + 1))
+        losses.append(F.cross_entropy(logits, places, reduction="sum") / number)
     return {"captioning": torch.stack(losses).sum()}
 
 
@@ -421,9 +428,10 @@ def vqa(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     targets = work.targets
     assert isinstance(targets, AnswerTargets)
     outputs = scene.model.ask(scene.pixels, "vqa", work.images, _tasks(scene, work), texts)
+    number = joined.number(len(work.images), work.images.device)
     losses = [
         F.cross_entropy(answer_logits(scene.model, p, texts, scene.answers), targets.answers, reduction="sum")
-        / max(1, len(work.images))
+        / number
         for p in outputs.predictions[-scene.config.top_layers :]
     ]
     return {"vqa": torch.stack(losses).sum()}
@@ -439,8 +447,8 @@ def answer_logits(
     return model.similarity(model.decoder.class_embed(slot), answers)
 
 
-# ------------------------------------------------------------------------------------------------ over all
-# ranks
+# ------------------------------------------------------------------------------------------------ small
+# pieces
 
 
 def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -449,47 +457,13 @@ def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     Each rank averages its own rows against everybody's; the gather passes gradients, so averaging them over
     ranks gives the gradient of the joined batch (the original's is divided by the world size once more).
     """
-    everyone_a, everyone_b, first = gather(a), gather(b), _rows_before(len(a), a.device)
+    a, b, scale = joined.parts(a), joined.parts(b), joined.fixed(scale)
+    (everyone_a, first), (everyone_b, _) = joined.gather(a), joined.gather(b)
     wanted = torch.arange(len(a), device=a.device) + first
     both = (scale * a @ everyone_b.T, scale * b @ everyone_a.T)
     rows = torch.stack([F.cross_entropy(logits, wanted, reduction="sum") for logits in both]).sum()
     # ranks may hold unequal rows, or none: rows weigh alike, not ranks
-    return rows / 2 * _world() / max(1, len(everyone_a))
-
-
-def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order, with gradients to each; ranks may hold different numbers of rows."""
-    if _world() == 1:
-        return x
-    counts = _counts(len(x), x.device)
-    padded = F.pad(x, (0, 0, 0, max(counts) - len(x)))
-    return torch.cat([part[:count] for part, count in zip(all_gather(padded), counts, strict=True)])
-
-
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of a number over ranks, float, without gradient."""
-    x = x.detach().float().clone()
-    if _world() > 1:
-        dist.all_reduce(x)
-    return x / _world()
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _counts(count: int, device: torch.device) -> list[int]:
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(_world())]
-    dist.all_gather(counts, torch.tensor([count], device=device))
-    return [int(c) for c in counts]
-
-
-def _rows_before(count: int, device: torch.device) -> int:
-    return 0 if _world() == 1 else sum(_counts(count, device)[: dist.get_rank()])
-
-
-# ------------------------------------------------------------------------------------------------ small
-# pieces
+    return joined.once(rows / 2 * joined.world() / max(1, len(everyone_a)))
 
 
 def _tasks(scene: Scene, work: Work) -> Tensor:

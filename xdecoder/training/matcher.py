@@ -88,7 +88,7 @@ def match(
     """
     layers, rows = class_costs.shape[:2]
     places = torch.rand(layers * rows, points, 2, device=truth.device).unflatten(0, (layers, rows))
-    if not truth.shape[1]:
+    if not truth.numel():
         return assign(class_costs.flatten(0, 1), counts * layers)
     whole = F.interpolate(truth, size=mask_logits.shape[-2:]).flatten(2)
     totals = []

@@ -3,6 +3,7 @@
 import math
 
 from torch import nn, optim
+from torch.distributed.tensor import DTensor
 
 from schemas.jobs import OptimConfig
 
@@ -14,16 +15,21 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.AdamW:
     encoder's norms. Each group carries `scale`, its factor on the scheduled rate.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # one kernel updates a group, and cannot mix whole weights and shares of some (FSDP2)
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = name.split(".")
         scale = config.backbone_scale if "backbone" in part else config.text_scale if "text" in part else 1.0
         plain = parameter.ndim < 2 or id(parameter) in embeddings or name.endswith("text.positions")
-        groups.setdefault((scale, 0.0 if plain else config.weight_decay), []).append(parameter)
+        decay = 0.0 if plain else config.weight_decay
+        groups.setdefault((scale, decay, isinstance(parameter, DTensor)), []).append(parameter)
     return optim.AdamW(
-        [{"params": p, "lr": config.lr * s, "scale": s, "weight_decay": d} for (s, d), p in groups.items()],
+        [
+            {"params": p, "lr": config.lr * s, "scale": s, "weight_decay": d}
+            for (s, d, _), p in groups.items()
+        ],
         lr=config.lr,
         fused=True,
     )

@@ -1,29 +1,34 @@
-"""The training loop: a step takes a segmentation batch and an image-text batch, and changes the weights once.
+"""The training loop: a step takes a segmentation batch and an image-text batch (of each so many as are
+accumulated), and changes the weights once.
 
 It knows nothing of clusters or trackers: who runs it hands in the streams and takes the reports.
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from schemas.jobs import LossConfig, ModelConfig, TrainConfig
 from schemas.tasks import Stream
 from xdecoder.model.xdecoder import XDecoder, columns
 from xdecoder.prompts import Vocabulary, tokenize
 from xdecoder.tasks import TABLE, BatchMaker, Setting
+from xdecoder.training import joined, parallel
 from xdecoder.training.batch import Batch, to_device
+from xdecoder.training.joined import Rehearsal
 from xdecoder.training.losses import Scene, total
 from xdecoder.training.optim import learning_rate, make_optimizer
 
 log = logging.getLogger(__name__)
+Micro = tuple[Batch, ...]  # of each stream one
 
 
 class NonFiniteLoss(RuntimeError):
@@ -89,6 +94,10 @@ class Trainer:
 
     step        steps done
     positions   samples taken from each stream so far, over all ranks
+    average     of each weight, exponentially over steps; empty without `ema_decay`
+    asked       whether this rank was asked to stop; it may be set from outside at any time
+    stopping    whether any rank was, at the last step: all ranks see it at the same step
+    rewound     the step whose loss was no number, and before which the training went back
     """
 
     def __init__(
@@ -105,14 +114,19 @@ class Trainer:
         self.config, self.vocabulary = train, vocabulary
         self.rank, self.world_size, self.device = rank, world_size, device
         self.model = XDecoder(model).to(device)
-        objective = Objective(self.model, train.loss, vocabulary).to(device)
-        parallel = dist.is_initialized() and world_size > 1
-        self.objective: nn.Module = (
-            DistributedDataParallel(objective, find_unused_parameters=True) if parallel else objective
-        )
+        self.objective: nn.Module = Objective(self.model, train.loss, vocabulary).to(device)
+        if train.activation_checkpointing:
+            parallel.save_memory(self.model)
+        if train.compile:
+            parallel.compile_blocks(self.model)
+        if dist.is_initialized() and world_size > 1:
+            self.objective = parallel.distribute(self.objective, self.model, train.parallel, device)
         self.optimizer = make_optimizer(self.model, train.optim)
         self.step = 0
         self.positions: dict[Stream, int] = {"segmentation": 0, "image_text": 0}
+        self.average = {n: p.detach().clone() for n, p in self.model.named_parameters() if train.ema_decay}
+        self.asked = self.stopping = False
+        self.rewound: int | None = None
         torch.manual_seed(train.seed * 1_000_003 + rank)  # then each rank draws its own points
 
     @property
@@ -131,52 +145,96 @@ class Trainer:
         until: int,
         on_log: Callable[[StepReport], None],
     ) -> None:
-        """Train until `step == until`. Reports every `log_every` steps and at the end.
+        """Train until `step == until`, or until a rank was asked to stop. Reports every `log_every` steps
+        and at the end.
 
-        Raises `NonFiniteLoss`; the weights are then those before the bad step.
+        Raises `NonFiniteLoss`; the weights are then those before the bad step, `positions` those after it.
         """
         window = _Window(self.config)
         self.objective.train()
-        while self.step < until:
+        self.stopping = False
+        while self.step < until and not self.stopping:
             started = time.perf_counter()
-            drawn = {name: next(stream) for name, stream in streams.items()}
+            drawn = [
+                {name: next(stream) for name, stream in streams.items()}
+                for _ in range(self.config.accumulate)
+            ]
             waited = time.perf_counter() - started
-            metrics = self.train_step(tuple(batch for batch, _ in drawn.values()))
-            self.positions |= {name: position for name, (_, position) in drawn.items()}
+            self.positions |= {name: position for name, (_, position) in drawn[-1].items()}
+            metrics = self.train_step(*(tuple(batch for batch, _ in micro.values()) for micro in drawn))
             window.add(metrics, waited, time.perf_counter() - started)
-            if self.step % self.config.log_every == 0 or self.step == until:
+            if self.step % self.config.log_every == 0 or self.step == until or self.stopping:
                 on_log(window.report(self.step))
 
-    def train_step(self, batches: tuple[Batch, ...]) -> dict[str, float]:
-        """One change of the weights; returns the loss, its terms, the gradient norm and the rate."""
+    def train_step(self, *micros: Micro) -> dict[str, float]:
+        """One change of the weights; returns the loss, its terms, the gradient norm and the rate.
+
+        The numbers are those of the joined batch of all ranks and micro-batches.
+        """
         rate = learning_rate(self.step, self.config.steps, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        with torch.autocast(
-            self.device.split(":")[0], torch.bfloat16, enabled=self.config.precision == "bf16"
-        ):
-            terms = self.objective(to_device(batches, self.device))
-            loss = total(terms, self.config.loss)
-        self._check("loss", loss, terms, batches)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
-        self._check("the gradient's norm", norm, terms, batches)
+        terms = self._gradients([to_device(micro, self.device) for micro in micros])
+        norm = parallel.finish(self.objective, self.model.parameters(), self.config.optim.clip)
+        asked = norm.new_tensor(float(self.asked))
+        shared = joined.total(torch.stack([*terms.values(), asked])) / joined.world()
+        *values, norm_value, stopping = torch.cat((shared[:-1], norm[None], shared[-1:])).tolist()
+        metrics = dict(zip(terms, values, strict=True)) | {"grad_norm": norm_value}
+        self._check(metrics, micros)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        self._average()
+        self.step, self.stopping = self.step + 1, stopping > 0
         # a term that is exactly zero had nothing to learn from, and would only dilute the logged mean
-        values = {f"loss/{name}": value.item() for name, value in terms.items() if value != 0}
-        return {"loss": loss.item(), "lr": rate, "grad_norm": norm.item()} | values
+        return {name: value for name, value in metrics.items() if value or "/" not in name} | {"lr": rate}
 
-    def _check(
-        self, what: str, value: Tensor, terms: Mapping[str, Tensor], batches: tuple[Batch, ...]
-    ) -> None:
-        if torch.isfinite(value):
+    def _gradients(self, micros: Sequence[Micro]) -> dict[str, Tensor]:
+        """Collect the gradients of the micro-batches; returns the loss and its terms, without gradient."""
+        rehearsal, sums = Rehearsal(), dict[str, Tensor]()
+        if len(micros) > 1:
+            for part, micro in enumerate(micros):
+                with torch.no_grad(), joined.rehearsing(rehearsal, part, playing=False):
+                    self._terms(micro)
+        for part, micro in enumerate(micros):
+            last = part == len(micros) - 1
+            with parallel.collecting(self.objective, last=last), self._scene(rehearsal, part, micros):
+                terms = self._terms(micro)
+                loss = total(terms, self.config.loss)
+                loss.backward()
+            named = {"loss": loss} | {f"loss/{name}": value for name, value in terms.items()}
+            sums = {name: value.detach().float() + sums.get(name, 0) for name, value in named.items()}
+        return sums
+
+    def _scene(
+        self, rehearsal: Rehearsal, part: int, micros: Sequence[Micro]
+    ) -> AbstractContextManager[None]:
+        return joined.rehearsing(rehearsal, part, playing=True) if len(micros) > 1 else nullcontext()
+
+    def _terms(self, micro: Micro) -> dict[str, Tensor]:
+        half = self.config.precision == "bf16"
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=half):
+            terms: dict[str, Tensor] = self.objective(micro)
+        return terms
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.average:
+            weights = [parallel.local(p) for p in self.model.parameters()]
+            averages = [parallel.local(a) for a in self.average.values()]
+            torch._foreach_lerp_(averages, weights, 1 - self.config.ema_decay)
+
+    def _check(self, metrics: Mapping[str, float], micros: Sequence[Micro]) -> None:
+        """All ranks see the same numbers, so they stop together."""
+        bad = next((name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])), None)
+        if bad is None:
             return
         self.optimizer.zero_grad(set_to_none=True)
-        values = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
-        keys = [key for batch in batches for key in batch.keys]
-        raise NonFiniteLoss(f"step {self.step}: {what} is {value.item()} ({values}); samples {keys}")
+        what = {"loss": "loss", "grad_norm": "the gradient's norm"}[bad]
+        values = ", ".join(
+            f"{name.removeprefix('loss/')} {value:.4g}" for name, value in metrics.items() if "/" in name
+        )
+        keys = [key for micro in micros for batch in micro for key in batch.keys]
+        raise NonFiniteLoss(f"step {self.step}: {what} is {metrics[bad]} ({values}); samples {keys}")
 
 
 class _Window:
