@@ -193,3 +193,10 @@ def test_what_only_resembles_a_copy_is_no_copy() -> None:
 
     assert settled([(0, 1), (1, 2)]) == settled([(1, 2), (0, 1)]) == [-1, 0, -1]
     assert settled([(0, 2), (1, 2)]) == settled([(1, 2), (0, 2)]) == [-1, -1, 0]
+
+
+@pytest.mark.parametrize("held_out", [0, 3])
+def test_a_dataset_without_training_or_without_evaluation_is_no_special_case(held_out: int) -> None:
+    seen = looks(pictures(3))
+    assert find_copies(hashes(seen), seen, np.arange(3) < held_out).tolist() == [-1] * 3
+    assert len(find_copies(hashes(seen[:0]), seen[:0], np.zeros(0, bool))) == 0
