@@ -62,7 +62,7 @@ def is_flat(thumbnail: Array) -> bool:
 
 def hashes(thumbnails: Array) -> Array:
     """uint8[N, 1152] -> uint64[N], equal on every machine: all sums are whole numbers."""
-    return _window_hashes(thumbnails, _PLAIN, _PLAIN)[:, 0]
+    return _window_hashes(thumbnails, _PLAIN)[:, 0]
 
 
 def find_copies(hashed: Array, thumbnails: Thumbnails, held_out: Array) -> Array:
@@ -102,7 +102,7 @@ def _leaks(index: "HashIndex", others: Array, held_out: Array, thumbnails: Thumb
     per_chunk = max(1, _CHUNK // (2 * len(_CROPS)))
     for start in range(0, len(held_out), per_chunk):
         rows = held_out[start : start + per_chunk]
-        variants = np.concatenate([_window_hashes(thumbnails[rows], w, w) for w in _WINDOWS], axis=1)
+        variants = np.concatenate([_window_hashes(thumbnails[rows], w) for w in _CROP_WAVES], axis=1)
         both = np.stack([variants, variants ^ _MIRROR], axis=1).reshape(len(rows), -1)
         query, other, bits = index.within(both.ravel())
         which, way = np.divmod(query, both.shape[1])
@@ -202,7 +202,7 @@ _FLIPS = np.array([0, *(1 << bit for bit in range(_BAND_BITS))])
 
 
 def _crops() -> tuple[Array, tuple[Array, Array]]:
-    """Where one image lies in another: float64[C, 4] maps (scale, shift of x; of y), and the windows of both.
+    """Where one image lies in another: float64[C, 4] maps (scale, shift of x; of y), and the waves of both.
 
     The first half are crops of the held-out image, the second half are images that it is a crop of. A map
     takes x in [0, 1] of the other image to x of the held-out one.
@@ -210,11 +210,11 @@ def _crops() -> tuple[Array, tuple[Array, Array]]:
     inside = np.array([(1 - low - high, low) for low, high in product(_STEPS, _STEPS)])
     outside = np.stack([1 / inside[:, 0], -inside[:, 1] / inside[:, 0]], axis=1)
     maps = np.array([[*x, *y] for ways in (inside, outside) for y, x in product(ways, ways)])
-    windows = tuple(
-        np.stack([ways[:, 1] + ways[:, 0] * _INNER, ways[:, 1] + ways[:, 0] * (1 - _INNER)], axis=1)
+    inner, whole = (
+        _waves(np.stack([ways[:, 1] + ways[:, 0] * _INNER, ways[:, 1] + ways[:, 0] * (1 - _INNER)], axis=1))
         for ways in (inside, outside)
     )
-    return maps, (windows[0], windows[1])
+    return maps, (inner, whole)
 
 
 def _bit_order() -> tuple[Array, np.uint64]:
@@ -228,18 +228,18 @@ def _bit_order() -> tuple[Array, np.uint64]:
     return np.array([8 * y + x for y, x in dealt]), np.uint64(mirrored)
 
 
-def _window_hashes(thumbnails: Array, rows: Array, columns: Array) -> Array:
-    """uint8[N, 1152] -> uint64[N, windows of rows x windows of columns]; windows float64[n, 2] in [0, 1]."""
-    down, across = _projection(rows), _projection(columns)
-    sums = down @ _brightness(thumbnails) @ across.T
-    blocks = sums.reshape(len(thumbnails), len(rows), 8, len(columns), 8).swapaxes(2, 3)
+def _window_hashes(thumbnails: Array, waves: Array) -> Array:
+    """uint8[N, 1152] -> uint64[N, n * n]: of every window of rows and of columns; waves are of `_waves`."""
+    sums = waves @ _brightness(thumbnails) @ waves.T
+    num_windows = len(waves) // 8
+    blocks = sums.reshape(len(thumbnails), num_windows, 8, num_windows, 8).swapaxes(2, 3)
     signs = blocks.reshape(*blocks.shape[:3], 64)[..., _ORDER] > 0
     padded = np.concatenate([signs, np.zeros_like(signs[..., :1])], axis=-1)
     packed = np.ascontiguousarray(np.packbits(padded, axis=-1, bitorder="little")).view("<u8")
-    return packed.reshape(len(thumbnails), len(rows) * len(columns)).astype(np.uint64)
+    return packed.reshape(len(thumbnails), num_windows**2).astype(np.uint64)
 
 
-def _projection(windows: Array) -> Array:
+def _waves(windows: Array) -> Array:
     """float64[n * 8, S]: cosines over each window, integrated over pixels, rounded to whole 1/65536."""
     edges = (np.arange(SIDE + 1) / SIDE).clip(windows[:, :1], windows[:, 1:])
     place = (edges - windows[:, :1]) / (windows[:, 1:] - windows[:, :1])
@@ -249,8 +249,8 @@ def _projection(windows: Array) -> Array:
     return np.rint(np.diff(whole) * 65536).reshape(len(windows) * 8, SIDE)
 
 
-_CROPS, _WINDOWS = _crops()
-_PLAIN = _WINDOWS[0][:1]
+_CROPS, _CROP_WAVES = _crops()
+_PLAIN = _CROP_WAVES[0][:8]
 _ORDER, _MIRROR = _bit_order()
 
 

@@ -106,7 +106,7 @@ def inspect(kind: str, path: str, max_pixels: int) -> Facts:
 def fingerprint(image: Image.Image) -> tuple[bytes, int]:
     """The thumbnail and its hash, of duplicates.py; empty and 0 where all is flat.
 
-    Takes about a seventh of the time that reading and decoding take.
+    Takes about a fifth of the time that reading and decoding take.
     """
     if image.mode.startswith("I;16"):
         image = image.point(lambda value: value / 256)  # which `convert` would cut off at 255

@@ -81,15 +81,17 @@ def test_scenes_of_one_world_are_not_taken_for_copies() -> None:
 
 
 def test_one_picture_in_other_colours_or_with_another_object_is_no_copy() -> None:
+    """The hash sees neither; a grey copy is one."""
     image = pictures(1)[0]
-    pixels = np.array(image)
-    other, object_put_in = pixels[:, :, [2, 0, 1]], pixels.copy()
-    object_put_in[60:80, 80:100] = (250, 240, 20)
-    seen = looks([image, *map(Image.fromarray, (other, object_put_in)), image.convert("L")])
-    place = np.tile([1.0, 0, 1, 0], (3, 1))
-    same = duplicates.verify(seen, np.array([1, 2, 3]), np.zeros(3, np.int64), np.zeros(3, bool), place)
-    assert same.tolist() == [False, False, True], "a grey copy is one"
-    assert find_copies(hashes(seen), seen, np.arange(4) < 1).tolist() == [-1, -1, -1, 0]
+    tones, pixels = np.array(image.convert("YCbCr")), np.array(image)
+    recoloured = Image.fromarray(tones[:, :, [0, 2, 1]], "YCbCr").convert("RGB")
+    pixels[60:80, 80:100] = (250, 240, 20)
+    faded = image.convert("L").point(lambda value: value * 0.6 + 51)
+    seen = looks([image, recoloured, Image.fromarray(pixels), faded, image.convert("L")])
+    place, plain = np.tile([1.0, 0, 1, 0], (4, 1)), np.zeros(4, dtype=np.int64)
+    same = duplicates.verify(seen, np.arange(1, 5), plain, plain.astype(bool), place)
+    assert same.tolist() == [False, False, False, True]
+    assert find_copies(hashes(seen), seen, np.arange(5) < 1).tolist() == [-1, -1, -1, -1, 0]
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
@@ -193,3 +195,10 @@ def test_what_only_resembles_a_copy_is_no_copy() -> None:
 
     assert settled([(0, 1), (1, 2)]) == settled([(1, 2), (0, 1)]) == [-1, 0, -1]
     assert settled([(0, 2), (1, 2)]) == settled([(1, 2), (0, 2)]) == [-1, -1, 0]
+
+
+@pytest.mark.parametrize("held_out", [0, 3])
+def test_a_dataset_without_training_or_without_evaluation_is_no_special_case(held_out: int) -> None:
+    seen = looks(pictures(3))
+    assert find_copies(hashes(seen), seen, np.arange(3) < held_out).tolist() == [-1] * 3
+    assert len(find_copies(hashes(seen[:0]), seen[:0], np.zeros(0, bool))) == 0
