@@ -3,6 +3,7 @@ or not.
 """
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -98,6 +99,7 @@ def class_file(path: Path) -> ClassFile:
         raise ValueError(f"{path}: not a class list: {error!s:.400}") from None
 
 
+@cache
 def shipped_file(name: str) -> ClassFile:
     """A class list of `schemas/taxonomies`. Raises `ValueError` that lists them."""
     if name not in SHIPPED:

@@ -484,6 +484,19 @@ def test_any_webdataset_is_read_by_its_own_rule_of_keys(tmp_path: Path) -> None:
     assert [(row.image_id, row.captions) for row in rows] == [("x.tar#a.b/d", ("one", "two"))]
 
 
+def test_a_name_with_brackets_is_a_name_and_a_pattern_a_pattern(tmp_path: Path) -> None:
+    tables(tmp_path)
+    (tmp_path / "t.tsv").rename(tmp_path / "t[1].tsv")
+    config = corpus(tmp_path, "captions_table", images="images", annotations="t[1].tsv")
+    assert len(both(config)[0]) == 2 and set(fingerprints(config)) == {"t[1].tsv"}
+    many = config.model_copy(update={"annotations": "t*.[ct]sv"})
+    assert [len(row.captions) for row in both(many)[0]] == [2, 2]
+    assert set(fingerprints(many)) == {"t.csv", "t[1].tsv"}
+    for outside in ("../*.tsv", "/etc/*.tsv"):
+        with pytest.raises(CorpusError, match="leaves its root"):
+            both(config.model_copy(update={"annotations": outside}))
+
+
 def test_label_maps_are_read_from_containers_too(tmp_path: Path) -> None:
     data = save(tmp_path / "map.png", u8([0, 1, 2])).read_bytes()
     tar(tmp_path / "x.tar", [("map.png", data)])

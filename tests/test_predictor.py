@@ -193,6 +193,17 @@ def test_files_that_are_no_pictures_are_named(tmp_path: Path, monkeypatch: pytes
         read_picture(tmp_path / "bomb.png")
 
 
+def test_a_turned_photograph_is_read_as_a_viewer_shows_it(tmp_path: Path) -> None:
+    """Orientation 6 of EXIF: the file holds the picture turned left."""
+    shown = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(shown))).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_picture(tmp_path / "turned.png"), shown)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert np.array_equal(read_picture(image.convert("RGB")), shown)
+
+
 def test_nothing_to_answer_is_an_error(predictor: Predictor, pictures: list[Array]) -> None:
     with pytest.raises(ValueError, match="at least one phrase"):
         predictor.refer(pictures[0], [])

@@ -7,10 +7,10 @@ from pydantic import Field
 from pipelines.corpora.coco_images import CocoImage
 from pipelines.corpora.files import Entry, Text
 from pipelines.corpora.rows import Refusal
-from schemas.masks import annotation_rle, decode_rle
+from schemas.masks import annotation_rle, area_of
 from schemas.records import Rle
 
-MAX_PIXELS = 2**28  # of an image whose masks are decoded here; chosen by us, above any photograph
+MAX_PIXELS = 2**28  # of an image that masks are made for; chosen by us, above any photograph
 MAX_INSTANCES = 65535  # of one image: a label map has 16 bits
 
 Coordinate = Annotated[float, Field(allow_inf_nan=False)]
@@ -38,9 +38,8 @@ def mask(segmentation: Segmentation, image: CocoImage) -> Rle:
     try:
         plain = segmentation.model_dump() if isinstance(segmentation, Runs) else segmentation
         rle = annotation_rle(plain, image.height, image.width)
-        covered = decode_rle(rle).any()
     except ValueError as error:
         raise Refusal("segmentation", str(error)) from None
-    if not covered:
+    if not area_of(rle):
         raise Refusal("segmentation", "the mask is empty")
     return rle

@@ -54,9 +54,11 @@ def taxonomies(corpus: CorpusConfig) -> tuple[Taxonomy, ...]:
     )
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
+def _table(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        return pq.read_table(path, columns=["key", "split", "shard", "offset", "size_bytes"]).to_pylist()
+        columns = ["key", "split", "shard", "offset", "size_bytes"]
+        for batch in pq.ParquetFile(path).iter_batches(columns=columns):
+            yield from batch.select(columns).to_pylist()
     except (OSError, pa.ArrowException, ValueError, KeyError) as error:
         raise CorpusError(
             f"{path}: cannot be read ({error!s:.200}); `root` is the folder of a version, "

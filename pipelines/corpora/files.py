@@ -73,7 +73,8 @@ def matching(corpus: CorpusConfig, pattern: str) -> list[Path]:
     if pattern.startswith("/") or ".." in Path(pattern).parts:
         raise CorpusError(f"{where}: {pattern!r} leaves its root {corpus.root!r}; move it below the root")
     root = Path(corpus.root).resolve()
-    found = sorted(path.resolve() for path in root.glob(pattern) if path.is_file())
+    named = [root / pattern] if (root / pattern).is_file() else root.glob(pattern)  # a name may hold [ or ]
+    found = sorted(path.resolve() for path in named if path.is_file())
     if not found:
         raise CorpusError(f"{where}: no file {root / pattern}; correct `root` or the pattern")
     if outside := [path for path in found if not path.is_relative_to(root)]:
