@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,12 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_catalog import publish_changed
 from tiny import MODEL, VOCABULARY, train_config
 
-from jobs import journal
+from jobs import datasets, journal
 from jobs.adopt import adopt
 from jobs.journal import Follower, MetricRow
+from jobs.store import write_json
 from jobs.tracking import ModelVersion, Tracker, TrackingError, connect
+from pipelines.catalog import Catalog, DatasetVersion
 from xdecoder.inference.predictor import Predictor
 from xdecoder.model.original import read
 from xdecoder.training import checkpoint
@@ -222,3 +226,36 @@ def test_weights_of_the_original_become_a_version(tracker: Tracker, tmp_path: Pa
     assert (version.version, version.tags["source"]) == (1, "original.pt")
     model = Predictor.load(tracker.fetch(version, tmp_path / "cache")).model
     assert model.config.backbone.name == "focal_dw" and model.config.quirks.masked_image_query
+
+
+def test_a_contact_sheet_is_logged_and_pruning_asks_the_registry(
+    tracker: Tracker, demo_dataset: DatasetVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = Path(tracker.uri.removeprefix("sqlite:///")).parent
+    shutil.copytree(demo_dataset.shards_root.parents[1], store / "datasets")
+    catalog = Catalog(store, "demo")
+    versions = [demo_dataset.id, *(publish_changed(catalog, answer) for answer in "abcd")]
+
+    shown = datasets.view(store, "demo", versions[0], tmp_path / "sheet.html", limit=1)
+    (entry,) = tracker.client.list_artifacts(shown.facts["mlflow run"])
+    assert entry.path == "sheet.html"
+
+    tracker.client.create_registered_model("kept")
+    tracker.client.create_model_version("kept", str(tmp_path), tags={"dataset": f"demo@{versions[0]}"})
+    write_json(store / "runs" / "r-1" / "run.json", {"dataset": f"demo@{versions[1]}", "finished": False})
+    write_json(store / "runs" / "r-2" / "run.json", {"dataset": f"demo@{versions[2]}", "finished": True})
+    rows = datasets.prune(store, "demo", 1, yes=False).tables["versions"]
+    assert [row["kept_because"] for row in rows] == [
+        "model kept version 1",
+        "unfinished run r-1",
+        "",
+        "rollback leads to it",
+        "it is served",
+    ]
+    assert catalog.versions() == tuple(versions), "without --yes nothing may go"
+    datasets.prune(store, "demo", 1, yes=True)
+    assert catalog.versions() == (*versions[:2], *versions[3:])
+    write_json(store / "runs" / "r-3" / "run.json", {"finished": False})
+    with pytest.raises(ValueError, match="r-3.*does not say what it trains on"):
+        datasets.prune(store, "demo", 1, yes=True)

@@ -1,0 +1,133 @@
+"""How fast are builds, and label maps? Each beside its plain peer, in turns, in seconds of CPU.
+
+    python -m benchmarks.build [--samples 400] [--rounds 3]
+
+`build` by one worker against a loop that reads, decodes, hashes and tars the same photographs and their label
+maps, as one would write it by hand; goal 0.9 of its speed a core. `index maps`: label maps as the shards hold
+them against RGB codes, both to ids; goal 2.5 times the speed.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.paired import measure, table
+from pipelines.build import build
+from pipelines.catalog import Catalog
+from pipelines.shards import parse
+from schemas.jobs import BuildConfig, CorpusConfig
+from schemas.masks import area_and_bbox, ids_to_rgb, rgb_to_ids
+
+HEIGHT, WIDTH, REGIONS = 480, 640, 12
+
+
+def write_corpus(root: Path, num_samples: int) -> CorpusConfig:
+    """Smooth noise of the size and the bytes of photographs, with rectangles as regions."""
+    chance = np.random.default_rng(0)
+    for folder in ("images", "panoptic"):
+        (root / folder).mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(1, num_samples + 1):
+        small = Image.fromarray(chance.integers(0, 256, (60, 80, 3), dtype=np.uint8))
+        name = f"{i:012d}"
+        small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(root / f"images/{name}.jpg", quality=94)
+        ids = np.full((HEIGHT, WIDTH), 70_000 * REGIONS, dtype=np.int32)
+        for region in range(1, REGIONS):
+            y, x = chance.integers(0, HEIGHT - 120), chance.integers(0, WIDTH - 160)
+            ids[y : y + chance.integers(20, 120), x : x + chance.integers(20, 160)] = 70_000 * region
+        Image.fromarray(ids_to_rgb(ids)).save(root / f"panoptic/{name}.png")
+        images.append({"id": i, "file_name": f"{name}.jpg", "height": HEIGHT, "width": WIDTH})
+        segments = [_segment(ids == value, int(value)) for value in np.unique(ids)]
+        annotations.append({"image_id": i, "file_name": f"{name}.png", "segments_info": segments})
+    categories = [{"id": 1, "name": "thing", "isthing": 1}]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "panoptic.json").write_text(json.dumps(document))
+    return CorpusConfig(
+        name="photos",
+        format="coco_panoptic",
+        split="train",
+        root=str(root),
+        images="images",
+        annotations="panoptic.json",
+        labels="panoptic",
+    )
+
+
+def _segment(mask: np.ndarray, number: int) -> dict[str, object]:
+    area, bbox = area_and_bbox(mask)
+    return {"id": number, "category_id": 1, "iscrowd": 0, "area": area, "bbox": list(bbox)}
+
+
+def plain(corpus: CorpusConfig, target: Path) -> int:
+    """Read, decode fully, renumber the label map, hash, tar: the loop that one writes by hand."""
+    root = Path(corpus.root)
+    document = json.loads((root / corpus.annotations).read_text())
+    names = {image["id"]: image["file_name"] for image in document["images"]}
+    whole = hashlib.sha256()
+    with tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for annotation in document["annotations"]:
+            image = (root / "images" / names[annotation["image_id"]]).read_bytes()
+            Image.open(io.BytesIO(image)).load()
+            codes = (root / "panoptic" / annotation["file_name"]).read_bytes()
+            ids = rgb_to_ids(np.asarray(Image.open(io.BytesIO(codes)).convert("RGB")))
+            values, index = np.unique(ids, return_inverse=True)
+            assert len(values) == len(annotation["segments_info"])
+            sink = io.BytesIO()
+            Image.fromarray(index.reshape(ids.shape).astype(np.uint8)).save(sink, "PNG")
+            key = f"{annotation['image_id']:012d}"
+            parts = {"jpg": image, "json": json.dumps(annotation).encode(), "segments.png": sink.getvalue()}
+            for suffix, data in parts.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+                whole.update(data)
+    return len(document["annotations"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), options.samples, options.rounds)
+
+
+def run(folder: Path, num_samples: int, rounds: int) -> None:
+    corpus = write_corpus(folder / "corpus", num_samples)
+    stores = iter(folder / f"store-{i}" for i in range(rounds))
+    config = BuildConfig(num_workers=1)
+    ways = {
+        "plain": lambda: plain(corpus, folder / "plain.tar"),
+        "build": lambda: build([corpus], config, Catalog(next(stores), "photos")).num_samples,
+    }
+    print(f"{num_samples} photographs of {HEIGHT} x {WIDTH} with {REGIONS} regions at most")
+    print(table(measure(ways, rounds, lambda counts: len(set(counts.values())) == 1), "plain"))
+
+    coded = [path.read_bytes() for path in sorted((folder / "corpus" / "panoptic").iterdir())]
+    version = Catalog(folder / "store-0", "photos").open()
+    indexed = []
+    for row in version.samples.to_pylist():
+        data = (version.shards_root / row["shard"]).read_bytes()
+        indexed.append(parse(data[row["offset"] : row["offset"] + row["size_bytes"]])[1]["segments.png"])
+    maps = {
+        "RGB codes": lambda: sum(
+            rgb_to_ids(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).size for data in coded
+        ),
+        "index maps": lambda: sum(np.array(Image.open(io.BytesIO(data))).size for data in indexed),
+    }
+    print(table(measure(maps, rounds, lambda sizes: len(set(sizes.values())) == 1), "RGB codes"))
+
+
+if __name__ == "__main__":
+    main()
