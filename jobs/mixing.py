@@ -63,8 +63,7 @@ def open_stream(
     train = job.train
     place = {"rank": rank, "world_size": world_size, "position": position, "seed": train.seed}
     place["global_batch"] = getattr(train.batch, stream)
-    patterns: dict[Stream, str] = {**train.tars}
-    if pattern := patterns.get(stream):
+    if pattern := train.tars.get(stream):
         tars = sorted(Path(path) for path in glob(str(store / pattern)))
         return foreign_stream(tars, make_batch=make_batch, **place)
     return training_stream(
