@@ -517,7 +517,7 @@ class TrainConfig(Settings):
     loader_threads: NonNegative = Field(
         default=0, description="threads of each rank that prepare batches where loader_workers is 0"
     )
-    tars: dict[Literal["image_text"], str] = Field(
+    tars: dict[Stream, str] = Field(
         default={},
         description="glob, relative to the store, of tars of others (pictures with .txt captions) that take "
         "the place of a dataset; without an index they have neither exactly-once nor exact resume",
@@ -598,6 +598,8 @@ class TrainConfig(Settings):
             raise ValueError("export: average needs ema_decay, e.g. 0.9999")
         if self.loss.matching == "fixed" and {"instance", "panoptic"} & set(self.tasks):
             raise ValueError("loss.matching=fixed has one latent a class: leave instance and panoptic out")
+        if "segmentation" in self.tars:
+            raise ValueError("tars hold pictures with captions: only image_text can draw from them")
         if abs(sum(self.task_sampling) - 1) > 1e-6:
             raise ValueError(f"task_sampling {self.task_sampling} must sum to 1")
         return self

@@ -101,6 +101,8 @@ def test_tars_of_others_take_the_place_of_a_dataset(
 
 
 def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(JobFileError, match="only image_text"):
+        job_of(train={"tars": {"segmentation": "*.tar"}})
     with pytest.raises(JobFileError, match="greater than 0"):
         job_of(datasets={"image_text": [{"name": "demo", "weight": 0}]})
     with pytest.raises(JobFileError, match="at least 1"):

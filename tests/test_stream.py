@@ -367,6 +367,24 @@ def test_every_colour_mode_becomes_rgb(data: bytes, pixel: tuple[int, int, int])
 
 
 @pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {}),
+        ("RGB", {"progressive": True, "quality": 20}),
+        ("RGB", {"subsampling": 0}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
+)
+def test_a_jpeg_has_the_pixels_that_pillow_gives(mode: str, options: dict[str, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(sink, "JPEG", **options)
+    expected = np.asarray(Image.open(io.BytesIO(sink.getvalue())).convert("RGB"))
+    assert (decode_image(sink.getvalue()) == expected).all()
+
+
+@pytest.mark.parametrize(
     "data",
     [
         b"",
