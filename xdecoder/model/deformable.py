@@ -29,13 +29,15 @@ def attend(value: Tensor, grids: Grids, places: Tensor, weights: Tensor) -> Tens
     returns    float[B, N, D]
     """
     levels = value.split([h * w for h, w in grids], 1)
+    where = (2 * places - 1).permute(3, 0, 2, 4, 1, 5)  # [L, B, heads, P, N, 2]
+    shares = weights.permute(3, 0, 2, 4, 1)
     found = value.new_zeros(())
-    for i, (level, (height, width)) in enumerate(zip(levels, grids, strict=True)):
+    for level, (height, width), grid, share in zip(levels, grids, where, shares, strict=True):
         maps = level.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, (height, width))
-        where = (2 * places[:, :, :, i] - 1).transpose(1, 2).flatten(0, 1)
-        read = F.grid_sample(maps, where, mode="bilinear", align_corners=False)  # [B heads, D / heads, N, P]
-        shares = weights[:, :, :, i].transpose(1, 2).flatten(0, 1)[:, None]
-        found = found + (read * shares).sum(-1)
+        read = F.grid_sample(maps, grid.flatten(0, 1), mode="bilinear", align_corners=False)
+        # [B heads, D / heads, P, N]: point by point, since the product of all at once is large and not kept
+        for point, part in zip(read.unbind(2), share.flatten(0, 1).unbind(1), strict=True):
+            found = found + point * part[:, None]
     return found.unflatten(0, (len(value), -1)).flatten(1, 2).transpose(1, 2)
 
 
@@ -65,10 +67,12 @@ class DeformableAttention(nn.Module):
         """query, x float[B, S, D]; centres float[S, 2] in [0, 1]; padding bool[B, S] is never read."""
         value = self.value(x).masked_fill(padding[..., None], 0).unflatten(-1, (self.heads, -1)).float()
         shape = (self.heads, LEVELS, POINTS)
-        offsets = self.offsets(query).unflatten(-1, (*shape, 2)).float()
+        offsets = self.offsets(query).float()
         weights = self.weights(query).unflatten(-1, (self.heads, -1)).float().softmax(-1)
         cells = torch.tensor([(w, h) for h, w in grids], device=x.device)[:, None]  # offsets count cells
-        places = centres[:, None, None, None] + offsets / cells
+        # in one row, as the offsets lie: a sum over pairs alone takes long on a CPU
+        places = centres.repeat(1, math.prod(shape)) + offsets / cells.expand(*shape, 2).flatten()
+        places = places.unflatten(-1, (*shape, 2))
         mixed: Tensor = self.out(attend(value, grids, places, weights.unflatten(-1, shape[1:])))
         return mixed
 
