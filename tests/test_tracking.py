@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -196,6 +197,43 @@ def test_rows_wait_while_mlflow_is_away(tmp_path: Path, monkeypatch: pytest.Monk
             journal.append(path, step, {"loss": 1.0})
             time.sleep(0.05)
     assert [row.step for row in delivered] == [1, 2]
+
+
+def test_a_step_that_was_done_again_to_the_same_end_is_delivered_once(tmp_path: Path) -> None:
+    """Also to a driver that begins anew. A step that came to another end (after a rewind) is delivered
+    again.
+    """
+    path = tmp_path / "metrics.jsonl"
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 1.5), (2, 2.0), (3, 1.25)):
+        journal.append(path, step, {"loss": loss, "step_s": time.monotonic()})
+    journal.append(path, 3, {"val/vqa/accuracy": 50.0})
+    for _ in range(2):
+        delivered: list[MetricRow] = []
+        with Follower(path, show=lambda row: None, deliver=delivered.extend):
+            pass
+        assert [(row.step, row.metrics.get("loss")) for row in delivered] == [
+            (1, 3.0),
+            (2, 2.0),
+            (3, 1.5),
+            (3, 1.25),
+            (3, None),
+        ]
+    assert len(journal.rows(path)) == 6
+    last = journal.read(path)[-1].metrics
+    assert (last["loss"], last["val/vqa/accuracy"]) == (1.25, 50.0)
+
+
+def test_a_tracker_that_takes_its_time_does_not_hold_up_what_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "POLL_S", 0.01)
+    path, shown, free = tmp_path / "metrics.jsonl", threading.Event(), threading.Event()
+    journal.append(path, 1, {"loss": 1.0})
+    with Follower(path, show=lambda row: shown.set(), deliver=lambda rows: free.wait(20) and None):  # type: ignore[func-returns-value]
+        time.sleep(0.1)  # the delivery is under way
+        journal.append(path, 2, {"loss": 1.0})
+        assert shown.wait(10), "nothing was shown while the tracker was busy"
+        free.set()
 
 
 def test_the_curve_counts_a_repeated_step_once_and_survives_a_cut_line(tmp_path: Path) -> None:

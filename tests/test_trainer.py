@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import MODEL, VOCABULARY, endless, samples, train_config
 
+from benchmarks.loop import bare, ours
 from schemas.jobs import OptimConfig
 from schemas.tasks import TASKS
 from xdecoder.training.optim import learning_rate
@@ -148,3 +149,14 @@ def test_half_precision_trains() -> None:
     (report,) = fit(of, 1)
     assert all(math.isfinite(value) for value in report.metrics.values())
     assert all(p.dtype == torch.float32 for p in of.model.parameters())
+
+
+def test_the_loop_does_to_the_weights_what_a_bare_one_does() -> None:
+    """The least that trains, and ours with all that it knows: what `benchmarks.loop` compares in time."""
+    weights = []
+    for way in (bare, ours):
+        of = trainer()
+        drawn = {s: next(endless(of.make_batch(s), samples()))[0] for s in of.streams}
+        assert way(of, drawn, 2) == 2
+        weights.append(list(of.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
