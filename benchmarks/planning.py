@@ -1,7 +1,7 @@
 """How much memory do the decisions of a build take, and does a whole build take more of a larger corpus?
 
     python -m benchmarks.planning decide [--rows 1000000 10000000]
-    python -m benchmarks.planning build [--samples 2000 8000 32000]
+    python -m benchmarks.planning build [--samples 2000 8000 32000] [--workers 2]
 
 `decide` groups and plans rows that are made up, in a process of its own for each number: goal 4 GB for ten
 million. `build` builds corpora of 1, 4 and 16 times as many small pictures, and prints the most that the
@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -120,12 +121,13 @@ def _own_mb(process: psutil.Process) -> float:
     return (memory.rss - memory.shared) / MB
 
 
-def whole(num_samples: int, folder: Path) -> str:
+def whole(num_samples: int, workers: int, folder: Path) -> str:
     """Build a corpus of this size; a line of what it took."""
     corpus = write_corpus(folder / f"corpus-{num_samples}", num_samples)
+    config = BuildConfig(num_workers=workers)
     watch = _Watch()
     watch.start()
-    report = build([corpus], BuildConfig(), Catalog(folder / f"store-{num_samples}", "many"))
+    report = build([corpus], config, Catalog(folder / f"store-{num_samples}", "many"))
     watch.over.set()
     watch.join()
     most = f"driver {watch.driver:.0f} MB, any one worker {watch.worker:.0f} MB"
@@ -139,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=("decide", "build"))
     parser.add_argument("--rows", type=int, nargs="+", default=(1_000_000, 10_000_000))
     parser.add_argument("--samples", type=int, nargs="+", default=(2_000, 8_000, 32_000))
+    parser.add_argument("--workers", type=int, default=2, help="1 builds in this process, without Ray")
     options = parser.parse_args(arguments)
     if options.what == "decide" and len(options.rows) == 1:
         print(decide(options.rows[0]), flush=True)
@@ -147,9 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command = [sys.executable, "-m", "benchmarks.planning", "decide", "--rows", str(num_rows)]
             subprocess.run(command, check=True)
     else:
-        with tempfile.TemporaryDirectory() as folder, session():
+        ray = session() if options.workers > 1 else nullcontext()
+        with tempfile.TemporaryDirectory() as folder, ray:
             for num_samples in options.samples:
-                print(whole(num_samples, Path(folder)), flush=True)
+                print(whole(num_samples, options.workers, Path(folder)), flush=True)
 
 
 if __name__ == "__main__":
