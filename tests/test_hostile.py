@@ -20,14 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from assembled import assemble, stored
+from assembled import Curated, assemble, stored
 from PIL import Image
 
 from pipelines.build import BuildError, build
 from pipelines.catalog import Catalog
 from pipelines.corpora.readers import read
 from pipelines.corpora.rows import CorpusError, Row
-from pipelines.curate import Curated
 from pipelines.stream import read_samples
 from schemas.jobs import USES, BuildConfig, CorpusConfig
 from schemas.masks import ids_to_rgb
