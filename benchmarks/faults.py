@@ -141,7 +141,8 @@ def disk(folder: Path, megabytes: float) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # lazily: this process may still map a table of it
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def trial(
