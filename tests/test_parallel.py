@@ -38,6 +38,9 @@ def both_ways(rank: int, folder: Path) -> None:
         rows += steps_of(of, STEPS // 2, rank=rank, world=2)
         found[way] = (rows, weights_of(of))
     checkpoint.export(of, folder / f"model{rank}")
+    for way in WAYS:
+        of = exact_trainer(rank=rank, world=2, parallel=way, accumulate=2)
+        found[f"{way} in parts"] = (steps_of(of, FEW // 2, rank=rank, world=2), None)
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -74,8 +77,9 @@ def test_two_ranks_learn_what_one_process_learns(
     expected, whole = alone
     for ways in run_ranks(both_ways, tmp_path):
         for rows, weights in ways.values():
-            same_losses(expected, rows)
-            same_weights(weights_of(whole), weights)
+            same_losses(expected[: len(rows)], rows)
+            if weights is not None:
+                same_weights(weights_of(whole), weights)
     exported, _ = load_model(tmp_path / "model0")
     same_weights(weights_of(whole), exported.state_dict())
     assert not (tmp_path / "model1").exists()
