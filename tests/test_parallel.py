@@ -38,9 +38,6 @@ def both_ways(rank: int, folder: Path) -> None:
         rows += steps_of(of, STEPS // 2, rank=rank, world=2)
         found[way] = (rows, weights_of(of))
     checkpoint.export(of, folder / f"model{rank}")
-    for way in WAYS:
-        of = exact_trainer(rank=rank, world=2, parallel=way, accumulate=2)
-        found[f"{way} in parts"] = (steps_of(of, FEW // 2, rank=rank, world=2), None)
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -77,9 +74,8 @@ def test_two_ranks_learn_what_one_process_learns(
     expected, whole = alone
     for ways in run_ranks(both_ways, tmp_path):
         for rows, weights in ways.values():
-            same_losses(expected[: len(rows)], rows)
-            if weights is not None:
-                same_weights(weights_of(whole), weights)
+            same_losses(expected, rows)
+            same_weights(weights_of(whole), weights)
     exported, _ = load_model(tmp_path / "model0")
     same_weights(weights_of(whole), exported.state_dict())
     assert not (tmp_path / "model1").exists()
@@ -95,6 +91,22 @@ def test_an_accumulated_step_is_that_of_the_large_batch(
     expected, _ = alone
     of = exact_trainer(accumulate=parts)
     same_losses(expected[:FEW], steps_of(of, FEW))
+
+
+def both_ways_in_parts(rank: int, folder: Path) -> None:
+    found = []
+    for way in WAYS:
+        of = exact_trainer(rank=rank, world=2, parallel=way, accumulate=2)
+        found.append(steps_of(of, 2, rank=rank, world=2))
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_two_ranks_accumulate_to_the_same_step(
+    alone: tuple[list[dict[str, float]], Trainer], tmp_path: Path
+) -> None:
+    for ways in run_ranks(both_ways_in_parts, tmp_path):
+        for rows in ways:
+            same_losses(alone[0][:2], rows)
 
 
 def test_blocks_are_the_repeated_parts() -> None:
