@@ -185,7 +185,7 @@ def _fit(training: Training, duty: Duty, tracker: Tracker) -> None:
             tracker.log_files(training.tracked, pictures, f"validation/step-{step:08d}")
 
     log.info("training: %d workers of %d CPUs", training.job.train.num_workers, duty.cpus)
-    with Follower(duty.journal, show=show, deliver=deliver), _stoppable(duty):
+    with Follower(duty.journal, show=show, deliver=deliver), stoppable(duty):
         try:
             ending = trainer.fit().return_value
         except WorkerGroupError as error:
@@ -216,7 +216,7 @@ def _require_the_end(ending: Ending, training: Training) -> None:
 
 
 @contextmanager
-def _stoppable(duty: Duty) -> Iterator[None]:
+def stoppable(duty: Duty) -> Iterator[None]:
     """Inside, SIGTERM (a pre-emption, `ray job stop`) means: save a checkpoint now, and stop."""
     duty.stop.unlink(missing_ok=True)
 

@@ -113,7 +113,7 @@ def work(duty: Duty) -> Ending:
         checkpoints.save(trainer)  # something to go back to; and a store that cannot be written shows at once
     log.info("rank %d of %d goes on from step %d", trainer.rank, trainer.world_size, trainer.step)
     if trainer.rank == 0:
-        threading.Thread(target=_listen, args=(trainer, duty), name="stop", daemon=True).start()
+        threading.Thread(target=listen, args=(trainer, duty), name="stop", daemon=True).start()
     ending = _train(trainer, checkpoints, duty)
     if ending.kind == "done":
         _export(trainer, duty.model)
@@ -255,7 +255,8 @@ def rewind(trainer: Trainer, checkpoints: Checkpoints, error: NonFiniteLoss) -> 
     return True
 
 
-def _listen(trainer: Trainer, duty: Duty) -> None:
+def listen(trainer: Trainer, duty: Duty) -> None:
+    """Ask the trainer to stop when the driver says so, by a file in the run's folder."""
     while not duty.stop.exists():
         time.sleep(LOOK_S)
     trainer.asked = True

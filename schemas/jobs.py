@@ -577,7 +577,8 @@ class TrainConfig(Settings):
         "samples since; the second time the training stops",
     )
     collective_timeout_s: Positive = Field(
-        default=1800, description="a rank that does not come for so long ends the attempt"
+        default=1800,
+        description="a rank that does not come for so long ends the attempt; a validation must be shorter",
     )
 
     @model_validator(mode="after")

@@ -93,6 +93,22 @@ def test_an_accumulated_step_is_that_of_the_large_batch(
     same_losses(expected[:FEW], steps_of(of, FEW))
 
 
+def both_ways_in_parts(rank: int, folder: Path) -> None:
+    found = []
+    for way in WAYS:
+        of = exact_trainer(rank=rank, world=2, parallel=way, accumulate=2)
+        found.append(steps_of(of, 2, rank=rank, world=2))
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_two_ranks_accumulate_to_the_same_step(
+    alone: tuple[list[dict[str, float]], Trainer], tmp_path: Path
+) -> None:
+    for ways in run_ranks(both_ways_in_parts, tmp_path):
+        for rows in ways:
+            same_losses(alone[0][:2], rows)
+
+
 def test_blocks_are_the_repeated_parts() -> None:
     model = exact_trainer().model
     found = parallel.blocks(model)

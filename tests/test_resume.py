@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +22,9 @@ from test_trainer import fit, trainer
 from tiny import MODEL, VOCABULARY, endless, samples, train_config
 
 from benchmarks.resume import Course, Streams, live
-from jobs.worker import MissingRank, following, missing_named, rewind
+from jobs.pretrain import stoppable
+from jobs.worker import Duty, MissingRank, following, listen, missing_named, rewind
+from schemas.jobs import PretrainJob, load
 from schemas.records import Sample
 from xdecoder.model.files import load_model
 from xdecoder.tasks import BatchMaker
@@ -156,12 +160,12 @@ def test_a_loss_that_is_no_number_rewinds_once_and_passes_over_the_samples(tmp_p
     good = {name: x.clone() for name, x in of.model.state_dict().items()}
     fit(of, 3)
     weight = of.model.caption_embed.weight
-    for time in (1, 2):
+    for attempt in (1, 2):
         spoil = weight.register_hook(lambda gradient: gradient * float("nan"))
         with pytest.raises(NonFiniteLoss) as bad:
             fit(of, 5)
         spoil.remove()
-        if time == 2:
+        if attempt == 2:
             assert not rewind(of, saved, bad.value)
             break
         assert rewind(of, saved, bad.value)
@@ -246,3 +250,22 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     said = (tmp_path / "0.txt").read_text()
     assert said.startswith("step 7: a rank does not come:") and "Ranks 1 failed" in said
     assert "check rank 0" in (tmp_path / "2.txt").read_text()
+
+
+def test_sigterm_stops_all_ranks_after_the_step_at_hand(tmp_path: Path) -> None:
+    job = load(Path(__file__).resolve().parents[1] / "jobs" / "pretrain.yaml")
+    assert isinstance(job, PretrainJob)
+    duty = Duty(job=job, store=tmp_path, version="", vocabulary=VOCABULARY, cpus=1, folder=tmp_path)
+    of, before = trainer(**PLAIN), signal.getsignal(signal.SIGTERM)
+    with stoppable(duty):
+        threading.Thread(target=listen, args=(of, duty), daemon=True).start()
+        fit(of, 1)
+        assert not of.stopping
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while not of.asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        fit(of, 6)
+        assert of.stopping and of.step == 2
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not duty.stop.exists(), "the next submission would stop at once"

@@ -93,13 +93,13 @@ def collecting(objective: nn.Module, *, last: bool) -> AbstractContextManager[An
 
 def finish(objective: nn.Module, parameters: Iterable[nn.Parameter], clip: float) -> Tensor:
     """Gradients after the last backward pass -> those of the joined batch, clipped; returns their norm."""
-    given = [p for p in parameters if p.grad is not None]
+    learned = [p for p in parameters if p.requires_grad]
     if not isinstance(objective, FSDPModule):
-        return nn.utils.clip_grad_norm_(given, clip)
-    cut = [p for p in given if isinstance(p, DTensor)]
-    whole = [p for p in given if not isinstance(p, DTensor)]
-    for p in whole:
-        p.grad = joined.total(p.grad) / joined.world() if p.grad is not None else None
+        return nn.utils.clip_grad_norm_(learned, clip)
+    cut = [p for p in learned if isinstance(p, DTensor)]
+    whole = [p for p in learned if not isinstance(p, DTensor)]
+    for p in whole:  # every rank comes with each of them, also where nothing was to be learned from
+        p.grad = joined.total(torch.zeros_like(p) if p.grad is None else p.grad) / joined.world()
     norms = [
         nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
         for group in (cut, whole)
