@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 HEIGHT, WIDTH, DISTINCT = 480, 640, 128
+SHARD = 128  # samples of one of our shards
 CONTENTS = ("panoptic", "index map", "jpeg")
 # what stands beside the JPEG in each comparison, for those who read what they are given
 COMPANION = {"panoptic": "png", "index map": "map", "jpeg": None}
@@ -92,7 +93,7 @@ def write_ours(folder: Path, samples: int) -> None:
     """Two datasets of our shards: with label maps, and with captions alone."""
     import pyarrow.parquet as pq
 
-    from pipelines.shards import Entry, plan, write
+    from pipelines.shards import Entry, write
     from schemas.masks import area_and_bbox, rgb_to_ids
     from schemas.records import SampleMeta, Segment
 
@@ -126,10 +127,11 @@ def write_ours(folder: Path, samples: int) -> None:
                 Entry(meta=meta, image_path=str(image), labels_path=labels, labels_sha256="", size_bytes=0)
             )
         rows = []
-        for shard in plan(entries, 128, 2**30):
-            receipt, _ = write(shard.name, shard.entries, target)
+        for first in range(0, samples, SHARD):
+            held = entries[first : first + SHARD]
+            receipt = write(f"train-{first:06}.tar", held, target)
             rows += [
-                (shard, entry, member) for entry, member in zip(shard.entries, receipt.members, strict=True)
+                (receipt.shard, entry, member) for entry, member in zip(held, receipt.members, strict=True)
             ]
         pq.write_table(table(rows), target / "samples.parquet")
 
@@ -138,10 +140,25 @@ def table(rows: list[Any]) -> Any:
     """samples.parquet of what was written."""
     import pyarrow as pa
 
-    from pipelines.shards import sample_row
     from schemas.records import SAMPLES
 
-    return pa.Table.from_pylist([sample_row(m, e, shard) for shard, e, m in rows], schema=SAMPLES)
+    told = [
+        {
+            "key": member.key,
+            "split": "train",
+            "stream": entry.stream,
+            "shard": shard,
+            "offset": member.offset,
+            "size_bytes": member.size_bytes,
+            "sha256": member.sha256,
+            "segments": len(entry.meta.segments or ()),
+            "referring": 0,
+            "captions": len(entry.meta.captions),
+            "questions": 0,
+        }
+        for shard, entry, member in rows
+    ]
+    return pa.Table.from_pylist(told, schema=SAMPLES)
 
 
 def ours(folder: Path, content: str, batch: int, loaders: int, kind: str = "threads") -> Iterable[Any]:
@@ -173,6 +190,7 @@ def ours(folder: Path, content: str, batch: int, loaders: int, kind: str = "thre
         samples=pq.read_table(root / "samples.parquet"),
         rejects=REJECTS.empty_table(),
         shards_root=root,
+        folder=root,
     )
     return training_stream(
         version,

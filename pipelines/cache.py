@@ -184,7 +184,8 @@ class CachedShards(LocalShards):
         try:
             for _ in range(_TRIES):
                 if (found := self._copy(source, part)) == digest:
-                    part.rename(self.folder / name)
+                    with _locked(self.folder / ".lock"):  # or one that counts meanwhile would see neither
+                        part.rename(self.folder / name)
                     return
         except OSError as error:
             part.unlink(missing_ok=True)
@@ -256,7 +257,7 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _age_and_size(path: Path) -> tuple[int, int, Path]:
-    """When it was last used and its bytes; nothing where another process renamed it since it was listed."""
+    """When it was last used and its bytes; nothing where another process deleted it since it was listed."""
     try:
         stat = path.stat()
     except FileNotFoundError:

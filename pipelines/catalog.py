@@ -128,7 +128,7 @@ class DatasetVersion:
     rejects: pa.Table
     shards_root: Path
     folder: Path
-    lease: _Lease = field(repr=False, compare=False)
+    lease: _Lease | None = field(default=None, repr=False, compare=False)
 
     def taxonomy(self, seen_only: bool = False) -> Taxonomy:
         """The classes of all corpora in order, each name once; `seen_only` leaves those with training masks.

@@ -1,6 +1,7 @@
 """Laws of the shard cache: whole or absent, within its size, oldest out first, and shared by processes."""
 
 import copy
+import fcntl
 import hashlib
 import multiprocessing
 from pathlib import Path
@@ -112,7 +113,9 @@ def _read_all(remote: Path, start: int, most: "multiprocessing.Queue[int]") -> N
     for turn in range(30):
         i = (start + turn * (start + 1)) % len(NAMES)
         assert content(shards, NAMES[i]) == bytes([i]) * SIZE
-        largest = max(largest, sum(path.stat().st_size for path in shards.folder.glob("[0-9]*")))
+        with (shards.folder / ".lock").open() as lock:  # so that nothing goes while it is counted
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            largest = max(largest, sum(path.stat().st_size for path in shards.folder.glob("[0-9]*")))
     most.put(largest)
 
 

@@ -57,7 +57,7 @@ def job_file(folder: Path, dataset: str = "mine", **changes: Any) -> Path:
     (folder / "images").mkdir(exist_ok=True)
     Image.new("RGB", (64, 64), (10, 200, 30)).save(folder / "images" / "a.png")
     (folder / "captions.tsv").write_text("image\tcaption\na.png\tgrass\n", encoding="utf-8")
-    corpus = {"name": "a", "format": "captions_tsv", "split": "train", "root": str(folder)}
+    corpus = {"name": "a", "format": "captions_table", "split": "train", "root": str(folder)}
     document = {
         "kind": "rebuild",
         "dataset": dataset,

@@ -485,7 +485,8 @@ def _matched_masks(scene: Scene, predictions: Sequence[Prediction], images: Tens
     counts = where[:, 1].bincount(minlength=len(images)).tolist()
     masks = [e @ f for e, f in zip(embeds.split(counts), features.flatten(2), strict=True)]
     size = features.shape[-2:]
-    every = torch.cat((embeds.sum() * features.new_zeros(0, size.numel()), *masks))
+    none = embeds.sum() * features[:0].flatten(2).sum(1)  # connected to the graph also where nothing matches
+    every = torch.cat((none, *masks))
     return every[order.argsort().to(images.device)].unflatten(1, size)
 
 

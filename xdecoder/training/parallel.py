@@ -56,14 +56,15 @@ def _ddp(objective: nn.Module, model: XDecoder, device: str) -> nn.Module:
 
 
 def _fsdp(objective: nn.Module, model: XDecoder, device: str) -> nn.Module:
-    """The blocks that are large and run once a batch are gathered one by one, the rest for the whole step.
+    """The blocks of the picture's side are gathered one by one, the rest for the whole step: how often the
+    others run depends on what a rank's batch says, and all ranks have to come to every gathering.
 
     Scalars cannot be cut: they stay whole, and `finish` averages their gradients.
     """
     mesh = init_device_mesh(device.split(":")[0], (dist.get_world_size(),))
     whole = {p for p in model.parameters() if not p.ndim}
     shard = partial(fully_shard, mesh=mesh, ignored_params=whole)
-    for part in (model.backbone, model.pixel_decoder, model.text):
+    for part in (model.backbone, model.pixel_decoder):
         for block in blocks(part):
             shard(block)
     shard(objective, reshard_after_forward=False)
