@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import pyarrow.compute as pc
 import torch
 
 from jobs import cluster, console
@@ -24,7 +25,7 @@ from pipelines.catalog import Catalog, DatasetVersion
 from pipelines.stream import read_samples
 from schemas.jobs import EvaluateConfig, EvaluateJob
 from schemas.records import Sample
-from schemas.tasks import NEEDS, STREAM_FIELDS, Stream
+from schemas.tasks import NEEDS, STREAM_FIELDS, Stream, Task
 from xdecoder.inference.evaluator import Evaluation, Result, evaluate
 from xdecoder.inference.predictor import Predictor
 
@@ -131,6 +132,17 @@ def examine(model: Path, data: DatasetVersion, config: EvaluateConfig, folder: P
     except OSError:  # another process evaluated the same meanwhile: its folder is as good
         shutil.rmtree(unfinished)
     return evaluation
+
+
+def examinable(data: DatasetVersion, config: EvaluateConfig) -> tuple[Task, ...]:
+    """Those of the tasks for which the images that would be looked at tell the truth, say when few are."""
+    split = data.samples.filter(pc.equal(data.samples["split"], config.split)).sort_by("key")
+    told = set()
+    for fields in STREAM_FIELDS.values():
+        admitted = split.filter(pc.greater(pc.add(*(split[field] for field in fields)), 0))
+        looked_at = admitted.slice(0, config.limit or None)
+        told |= {field for field in fields if pc.any(pc.greater(looked_at[field], 0)).as_py()}
+    return tuple(task for task in config.tasks if NEEDS[task] in told)
 
 
 def _streams(config: EvaluateConfig) -> list[Stream]:

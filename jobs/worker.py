@@ -194,6 +194,7 @@ def _validate(trainer: Trainer, data: DatasetVersion, duty: Duty) -> float | Non
             return None
         limits = {"limit": validation.limit, "pictures": validation.pictures}
         config = duty.job.evaluate.model_copy(update=limits)
+        config = config.model_copy(update={"tasks": evaluate.examinable(data, config)})
         shutil.rmtree(folder, ignore_errors=True)  # of a step that is done again
         results = evaluate.examine(Path(model), data, config, folder).results
     checkpoint.set_chance(before)
