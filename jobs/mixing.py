@@ -1,6 +1,6 @@
 """What a training draws from: its dataset versions, pinned and joined, and the streams over them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -15,6 +15,7 @@ from pipelines.foreign import foreign_stream
 from pipelines.stream import MakeBatch, Weighted, training_stream
 from schemas.jobs import PretrainJob
 from schemas.tasks import Stream
+from schemas.taxonomy import contradiction
 
 T = TypeVar("T")
 
@@ -42,7 +43,12 @@ def joined(job: PretrainJob, store: Path, data: DatasetVersion) -> DatasetVersio
     others = [Catalog(store, name).open(version) for name, version in names]
     versions = [data, *(other for other in others if other.id != data.id)]
     taxonomies = {f"{v.card.dataset}@{v.id}/{n}": t for v in versions for n, t in v.card.taxonomies.items()}
-    _check_kinds(versions)
+    if conflict := contradiction((v.card.dataset, t) for v in versions for t in v.card.taxonomies.values()):
+        name, one, other = conflict
+        raise ValueError(
+            f"{name!r} is a thing in one of the datasets {one!r}, {other!r} and stuff in the other: "
+            "rename it in one and rebuild"
+        )
     answers = dict.fromkeys(answer for version in versions for answer in version.card.answers)
     card = data.card.model_copy(update={"taxonomies": taxonomies, "answers": tuple(answers)})
     return replace(data, card=card, samples=pa.concat_tables(v.samples for v in versions))
@@ -92,16 +98,3 @@ def _shards(job: PretrainJob, version: DatasetVersion) -> Shards | None:
     remote, root = fs.FileSystem.from_uri(str(version.shards_root))
     limit_bytes = int(job.train.cache_gb * 2**30)
     return CachedShards(remote, root, Path(job.train.cache), limit_bytes, version.manifest)
-
-
-def _check_kinds(versions: Sequence[DatasetVersion]) -> None:
-    kinds: dict[str, tuple[bool, str]] = {}
-    for version in versions:
-        for taxonomy in version.card.taxonomies.values():
-            for category in taxonomy.categories:
-                isthing, other = kinds.setdefault(category.name, (category.isthing, version.card.dataset))
-                if isthing != category.isthing:
-                    raise ValueError(
-                        f"{category.name!r} is a thing in one of the datasets {other!r}, "
-                        f"{version.card.dataset!r} and stuff in the other: rename it in one and rebuild"
-                    )

@@ -15,8 +15,7 @@ import numpy as np
 
 from schemas.jobs import CaptionRules
 
-Reason = Literal[
-    "caption-invalid",
+Asked = Literal[  # what only a setting refuses
     "caption-length",
     "caption-language",
     "caption-boilerplate",
@@ -24,6 +23,7 @@ Reason = Literal[
     "caption-markup",
     "caption-repeated",
 ]
+Reason = Asked | Literal["caption-invalid"]
 
 _ADDRESS = re.compile(r"https?://|\bwww\.|\b[\w.+-]+@[\w-]+\.\w", re.IGNORECASE)
 _MARKUP = re.compile(r"</?[a-z][^<>]*>|&(?:[a-z]{2,8}|#x?[0-9a-f]{1,6});", re.IGNORECASE)

@@ -12,7 +12,7 @@ from pipelines.joining import JoinReport
 from pipelines.reading import Harvest
 from pipelines.screening import CHOSEN
 from schemas.records import SCHEMA_VERSION, Split
-from schemas.taxonomy import Taxonomy
+from schemas.taxonomy import Taxonomy, contradiction
 
 MAX_ANSWERS = 3129  # the answer list customary for VQA v2
 
@@ -50,18 +50,14 @@ def make_card(
 def taxonomies(harvests: Sequence[Harvest]) -> dict[str, Taxonomy]:
     """Of all corpora, by name. Raises `BuildError` where two of them contradict each other."""
     found: dict[str, Taxonomy] = {}
-    kinds: dict[str, tuple[bool, str]] = {}
     for taxonomy in (taxonomy for harvest in harvests for taxonomy in harvest.taxonomies):
         if found.setdefault(taxonomy.name, taxonomy) != taxonomy:
             raise BuildError(
                 f"the splits of corpus {taxonomy.name!r} list different categories; give them two names"
             )
-        for category in taxonomy.categories:  # predictions carry the name of a class alone
-            isthing, other = kinds.setdefault(category.name, (category.isthing, taxonomy.name))
-            if isthing != category.isthing:
-                raise BuildError(
-                    f"{category.name!r} is a thing in one of {other!r}, {taxonomy.name!r}, stuff in the other"
-                )
+    if conflict := contradiction(found.items()):
+        name, one, other = conflict
+        raise BuildError(f"{name!r} is a thing in one of {one!r}, {other!r}, stuff in the other")
     return found
 
 

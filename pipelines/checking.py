@@ -1,6 +1,5 @@
 """One part of a build's rows: look up or find out the facts of their files, refuse the bad ones."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from pipelines.curate import files_of, refusal, sample_key
 from pipelines.facts import Files, facts_of
 from pipelines.inspection import Facts
 from pipelines.reading import Rows
-from pipelines.spool import CHECKED, mapped, save, within
+from pipelines.spool import CHECKED, hash64, mapped, save, within
 from schemas.records import REJECTS, Record
 
 FACTS_OF_ROW: TypeAdapter[list[tuple[str, str, Facts]]] = TypeAdapter(list[tuple[str, str, Facts]])
@@ -86,18 +85,14 @@ def decided_by(corpus: int, rule: int, row: Row, document: bytes, files: Files) 
         "held_out": row.split == "val",
         "image_high": int(sha256[:16], 16),
         "image_low": int(sha256[16:32], 16),
-        "number": _hash(row.image_number.encode()) if row.image_number else 0,
+        "number": hash64(row.image_number.encode()) if row.image_number else 0,
         "look": image.hash,
         "worth": 0 if row.labels_path is not None else 1 if row.referring else 2,
         "pixels": image.height * image.width,
-        "tie": _hash(document),
+        "tie": hash64(document),
         "labelled": row.labels_path is not None,
         "key": sample_key(row.corpus, row.image_id),
         "thumbnail": image.thumbnail,
         "document": document,
         "facts": FACTS_OF_ROW.dump_json(told),
     }
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(data).digest()[:8])

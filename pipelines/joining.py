@@ -1,6 +1,5 @@
 """Rows that are one image, joined: the samples of one part of a build, as they will be written."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pipelines.checking import facts_in
 from pipelines.curate import entry
 from pipelines.reading import Rows
 from pipelines.shards import Entry
-from pipelines.spool import ENTRIES, gather, mapped, save
+from pipelines.spool import ENTRIES, gather, hash64, mapped, save
 from schemas.records import Record, SampleMeta
 
 ENTRY = TypeAdapter(Entry)
@@ -88,7 +87,7 @@ def _row(sample: Entry) -> dict[str, Any]:
     meta = sample.meta
     return {
         "key": meta.key,
-        "bits": _hash(meta.key.encode()),
+        "bits": hash64(meta.key.encode()),
         "split": meta.split,
         "stream": sample.stream,
         "source_bytes": sample.size_bytes,
@@ -113,11 +112,7 @@ def _part_hashes(sample: Entry) -> dict[str, int]:
         "questions": said["questions"],
         "sources": said["sources"],
     }
-    return {f"{part}_hash": _hash(json.dumps(what).encode()) for part, what in parts.items()}
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(data).digest()[:8])
+    return {f"{part}_hash": hash64(json.dumps(what).encode()) for part, what in parts.items()}
 
 
 def _counts(metas: list[SampleMeta]) -> Counts:

@@ -12,7 +12,6 @@ be read: that is decided where a place is made (corpora/files.py).
 """
 
 import os
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -32,15 +31,6 @@ class PlaceError(OSError):
     """Bytes that are not where a place says: the message names the place."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fingerprint:
-    """The file that holds a place, as far as its directory entry tells; `mtime_ns` is since 1970."""
-
-    path: str
-    size_bytes: int
-    mtime_ns: int
-
-
 def member(path: str, offset: int, size_bytes: int) -> str:
     """The place of a byte range of a file."""
     return f"bytes:{offset}:{size_bytes}:{path}"
@@ -54,13 +44,6 @@ def cell(path: str, row: int, column: str) -> str:
 def holder(place: str) -> str:
     """The absolute path of the file that holds a place."""
     return place if place.startswith("/") else place.split(":", 3)[3]
-
-
-def fingerprint(place: str) -> Fingerprint:
-    """What changes when the file that holds a place is written again. Raises `OSError`."""
-    path = holder(place)
-    found = os.stat(path)
-    return Fingerprint(path=path, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
 
 
 def read(place: str) -> bytes:

@@ -102,8 +102,11 @@ class Rows:
 def in_order(row: Row) -> Row:
     """The annotations of a row by their ids, or by what they say where they have none.
 
-    So the order of the lines of an annotation file is not part of a version.
+    So the order of the lines of an annotation file is not part of a version. What comes from a version has
+    its order.
     """
+    if row.origins:
+        return row
     ids = row.source.ids
     said = {
         "referring": _sorted(row.referring, ids),

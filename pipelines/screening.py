@@ -7,23 +7,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import chain
+from typing import get_args
 
 from pipelines import captions
 from pipelines.corpora.rows import MAX_DETAIL, Row
+from pipelines.curate import reject
 from schemas.jobs import CaptionRules, CurateConfig, LicenceRules
 from schemas.records import Reject
 
 # Refused because somebody asked for it, so no sign of a broken corpus; near-duplicate is of grouping.py.
-CHOSEN = (
-    "licence",
-    "near-duplicate",
-    "caption-length",
-    "caption-language",
-    "caption-boilerplate",
-    "caption-address",
-    "caption-markup",
-    "caption-repeated",
-)
+CHOSEN = ("licence", "near-duplicate", *get_args(captions.Asked))
 
 
 def screen(
@@ -38,7 +31,7 @@ def screen(
         if isinstance(item, Reject):
             yield item
         elif why := unlicensed(item, config.licences):
-            yield _reject(item, "licence", why)
+            yield reject(item, "licence", why[:MAX_DETAIL])
         else:
             yield from _captions(item, config.captions, repeated)
 
@@ -70,7 +63,7 @@ def _captions(row: Row, rules: CaptionRules, repeated: frozenset[int]) -> Iterat
     found = [captions.refusal(caption, rules, repeated) for caption in row.captions]
     for caption, why in zip(row.captions, found, strict=True):
         if why is not None:
-            yield _reject(row, why[0], f"{why[1]}: {caption!r}")
+            yield reject(row, why[0], f"{why[1]}: {caption!r}"[:MAX_DETAIL])
     kept = [i for i, why in enumerate(found) if why is None]
     if len(kept) == len(found):
         yield row
@@ -79,10 +72,3 @@ def _captions(row: Row, rules: CaptionRules, repeated: frozenset[int]) -> Iterat
         if len(ids) == len(row.captions):  # they are those of the captions
             row = replace(row, source=row.source.model_copy(update={"ids": tuple(ids[i] for i in kept)}))
         yield replace(row, captions=tuple(row.captions[i] for i in kept))
-
-
-def _reject(row: Row, reason: str, detail: str) -> Reject:
-    record = f"image {row.image_id}"
-    return Reject(
-        corpus=row.corpus, record=record, split=row.split, reason=reason, detail=detail[:MAX_DETAIL]
-    )

@@ -4,6 +4,7 @@ They lie in the dataset's `work` folder while a build runs, and go with it. A st
 at, so that it does not grow with the corpora.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,6 +65,11 @@ ENTRIES = pa.schema(
 
 # Where something lies in the files of a step: number of the part, and row within it.
 PLACES = pa.schema({"part": pa.int32(), "row": pa.int32()})
+
+
+def hash64(data: bytes) -> int:
+    """The first 64 bits of the sha256."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8])
 
 
 def save(path: Path, table: pa.Table) -> None:

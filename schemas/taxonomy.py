@@ -3,6 +3,7 @@ or not.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -53,6 +54,20 @@ class Taxonomy(BaseModel):
     def seen(self) -> "Taxonomy":
         """The same taxonomy without the classes that have no mask in training."""
         return Taxonomy(name=self.name, categories=tuple(c for c in self.categories if c.seen))
+
+
+def contradiction(named: Iterable[tuple[str, Taxonomy]]) -> tuple[str, str, str] | None:
+    """A class that is a thing in one and stuff in another, and the names of the two; None where none is.
+
+    Predictions carry the name of a class alone.
+    """
+    kinds: dict[str, tuple[bool, str]] = {}
+    for name, taxonomy in named:
+        for category in taxonomy.categories:
+            isthing, other = kinds.setdefault(category.name, (category.isthing, name))
+            if isthing != category.isthing:
+                return category.name, other, name
+    return None
 
 
 class ClassFile(BaseModel):

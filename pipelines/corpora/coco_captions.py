@@ -5,11 +5,11 @@ Settings used: `images`, `annotations`. Format: https://cocodataset.org/#format-
 
 from collections.abc import Iterator
 
-from pipelines.corpora.coco_images import CocoImages
+from pipelines.corpora.coco_images import CocoImages, row
 from pipelines.corpora.files import Entry, Id, Text, annotation_file, label, load_json, parse, section, text
 from pipelines.corpora.rows import Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
-from schemas.records import Reject, Source
+from schemas.records import Reject
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
@@ -34,7 +34,9 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     in_order = [image_id for image_id in images.ids() if image_id in by_image]
     for image_id in dict.fromkeys([*in_order, *by_image]):
         try:
-            yield _row(corpus, images, image_id, by_image[image_id])
+            captions = by_image[image_id]
+            ids = (str(caption.id) for caption in captions)
+            yield row(corpus, images[image_id], ids, captions=tuple(caption.caption for caption in captions))
         except Refusal as refusal:
             yield refuse(corpus, f"image {image_id}", refusal)
 
@@ -42,25 +44,6 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
 def _caption(record: object) -> "_Caption":
     caption = parse(_Caption, record)
     return caption.model_copy(update={"caption": text(caption.caption)})
-
-
-def _row(corpus: CorpusConfig, images: CocoImages, image_id: str, captions: list["_Caption"]) -> Row:
-    image = images[image_id]
-    return Row(
-        corpus=corpus.name,
-        split=corpus.split,
-        image_id=image.id,
-        image_path=image.path,
-        height=image.height,
-        width=image.width,
-        captions=tuple(caption.caption for caption in captions),
-        source=Source(
-            corpus=corpus.name,
-            files=(image.file,),
-            ids=tuple(str(caption.id) for caption in captions),
-            licence=image.licence,
-        ),
-    )
 
 
 class _Caption(Entry):

@@ -1,14 +1,31 @@
-"""The `images` and `licenses` sections that all COCO annotation files share."""
+"""What all COCO annotation files share: the sections `images`, `licenses`, `categories`, and rows of them."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from pipelines.corpora.files import Entry, Id, Pixels, Text, data_file, index, only, parse, section
-from pipelines.corpora.rows import Refusal
+from pipelines.corpora.files import (
+    Entry,
+    Id,
+    Pixels,
+    Text,
+    annotation_file,
+    data_file,
+    index,
+    load_json,
+    only,
+    parse,
+    section,
+)
+from pipelines.corpora.rows import CorpusError, Refusal, Row
 from schemas.jobs import CorpusConfig
+from schemas.records import Source
+from schemas.taxonomy import Category, Taxonomy
+
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +70,36 @@ class CocoImages:
             return parse(_Licence, only(self._licences, licence_id, "licence", "record")).name
         except Refusal:
             return f"licence {licence_id}"  # the file names one that it does not describe
+
+
+def row(
+    corpus: CorpusConfig, image: CocoImage, ids: Iterable[str], *, files: tuple[str, ...] = (), **said: Any
+) -> Row:
+    """The row of an image: `ids` of its annotations, `files` beside its own, `said` are fields of `Row`."""
+    return Row(
+        corpus=corpus.name,
+        split=corpus.split,
+        image_id=image.id,
+        image_path=image.path,
+        height=image.height,
+        width=image.width,
+        source=Source(corpus=corpus.name, files=(image.file, *files), ids=tuple(ids), licence=image.licence),
+        **said,
+    )
+
+
+def class_list(
+    corpus: CorpusConfig, entry: type[AnyEntry], category: Callable[[AnyEntry], Category]
+) -> Taxonomy:
+    """The `categories` in the order of the file, named after the corpus. Raises `CorpusError`."""
+    path = annotation_file(corpus, "annotations")
+    try:
+        parsed = [parse(entry, record) for record in section(load_json(path), "categories", path)]
+        return Taxonomy(name=corpus.name, categories=tuple(map(category, parsed)))
+    except Refusal as refusal:
+        raise CorpusError(f"{path}: a category is malformed: {refusal.detail}") from None
+    except ValidationError as error:
+        raise CorpusError(f"{path}: {error.errors()[0]['msg']}") from None
 
 
 class _Image(Entry):

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from pipelines.corpora.coco_images import CocoImages
+from pipelines.corpora.coco_images import CocoImages, class_list, row
 from pipelines.corpora.files import (
     Entry,
     Id,
@@ -24,9 +24,9 @@ from pipelines.corpora.files import (
     parse,
     section,
 )
-from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
+from pipelines.corpora.rows import Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
-from schemas.records import Reject, Segment, Source
+from schemas.records import Reject, Segment
 from schemas.taxonomy import Category, Taxonomy
 
 
@@ -53,15 +53,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
 
 def taxonomy(corpus: CorpusConfig) -> Taxonomy:
     """The `categories` in the order of the file, named after the corpus. Raises `CorpusError`."""
-    path = annotation_file(corpus, "annotations")
-    try:
-        parsed = [parse(_Category, record) for record in section(load_json(path), "categories", path)]
-        categories = tuple(Category(name=c.name, isthing=c.isthing) for c in parsed)
-        return Taxonomy(name=corpus.name, categories=categories)
-    except Refusal as refusal:
-        raise CorpusError(f"{path}: a category is malformed: {refusal.detail}") from None
-    except ValidationError as error:
-        raise CorpusError(f"{path}: {error.errors()[0]['msg']}") from None
+    return class_list(corpus, _Category, lambda c: Category(name=c.name, isthing=c.isthing))
 
 
 def _row(
@@ -72,19 +64,14 @@ def _row(
     ids = Counter(segment.id for segment in annotation.segments_info)
     if twice := [segment_id for segment_id, count in ids.items() if count > 1]:
         raise Refusal("segmentation", f"segment ids stand twice: {twice}")
-    return Row(
-        corpus=corpus.name,
-        split=corpus.split,
-        image_id=image.id,
-        image_path=image.path,
-        height=image.height,
-        width=image.width,
+    return row(
+        corpus,
+        image,
+        (image.id,),
+        files=(labels_file,),
         taxonomy=corpus.name,
         labels_path=labels_path,
         segments=tuple(_segment(segment, categories) for segment in annotation.segments_info),
-        source=Source(
-            corpus=corpus.name, files=(image.file, labels_file), ids=(image.id,), licence=image.licence
-        ),
     )
 
 

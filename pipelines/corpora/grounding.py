@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from pipelines.corpora.coco_images import CocoImages
+from pipelines.corpora.coco_images import CocoImages, row
 from pipelines.corpora.coco_masks import Segmentation, mask
 from pipelines.corpora.files import Entry, Id, Text, annotation_file, label, load_json, parse, section, text
 from pipelines.corpora.rows import Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
-from schemas.records import Referring, Reject, Source
+from schemas.records import Referring, Reject
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
@@ -40,22 +40,8 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         except Refusal as refusal:
             yield refuse(corpus, label("annotation", record, "ann_id", position), refusal)
     for image_id, found in by_image.items():
-        image = images[image_id]
-        yield Row(
-            corpus=corpus.name,
-            split=corpus.split,
-            image_id=image.id,
-            image_path=image.path,
-            height=image.height,
-            width=image.width,
-            referring=tuple(referring for _, referring in found),
-            source=Source(
-                corpus=corpus.name,
-                files=(image.file,),
-                ids=tuple(ann_id for ann_id, _ in found),
-                licence=image.licence,
-            ),
-        )
+        ids, regions = zip(*found, strict=True)
+        yield row(corpus, images[image_id], ids, referring=regions)
 
 
 class _Sentence(Entry):

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from pipelines.corpora.class_lists import class_list, semantic
-from pipelines.corpora.files import IMAGES, data_file, data_folder, files_in
-from pipelines.corpora.rows import Refusal, Row, refuse
-from pipelines.labels import label_place
+from pipelines.corpora.files import IMAGES, data_folder, files_in
+from pipelines.corpora.paired import paired
+from pipelines.corpora.rows import Row
 from schemas.jobs import CorpusConfig
-from schemas.records import Reject, Source
+from schemas.records import Reject
 from schemas.taxonomy import Taxonomy
 
 MAPS = (".png", ".tif", ".tiff")
@@ -24,30 +24,8 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     classes = class_list(corpus)
     _, rule = semantic(corpus, classes)
     maps = {_stem(name): name for name in files_in(data_folder(corpus, "labels"), MAPS)}
-    for name in files_in(data_folder(corpus, "images"), IMAGES):
-        try:
-            path, file = data_file(corpus, corpus.images, name, "no-image")
-            if _stem(name) not in maps:
-                raise Refusal("no-labels", f"no map {_stem(name)}.png or .tif in {corpus.labels}")
-            labels, labels_file = data_file(corpus, corpus.labels, maps.pop(_stem(name)), "no-labels")
-            yield Row(
-                corpus=corpus.name,
-                split=corpus.split,
-                image_id=_stem(name),
-                image_path=path,
-                height=None,
-                width=None,
-                taxonomy=corpus.name,
-                labels_path=label_place(classes.encoding, labels),
-                rule=rule,
-                source=Source(corpus=corpus.name, files=(file, labels_file), licence=corpus.licence),
-            )
-        except Refusal as refusal:
-            yield refuse(corpus, f"image {name:.200}", refusal)
-    for name in maps.values():
-        yield refuse(
-            corpus, f"map {name:.200}", Refusal("no-image", f"no image in {corpus.images} of this name")
-        )
+    images = ((_stem(name), name) for name in files_in(data_folder(corpus, "images"), IMAGES))
+    yield from paired(corpus, images, maps, ".png or .tif", classes, rule)
 
 
 def taxonomy(corpus: CorpusConfig) -> Taxonomy:

@@ -1,6 +1,5 @@
 """The table of formats. A format is a function from a corpus to rows and rejects; a new one is a new line."""
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +23,7 @@ from pipelines.corpora import (
 )
 from pipelines.corpora.files import CONTAINERS, matching
 from pipelines.corpora.rows import CorpusError, Row
+from pipelines.shards import file_sha256
 from schemas.jobs import CorpusConfig, Format
 from schemas.records import Reject
 from schemas.taxonomy import SHIPPED, Taxonomy
@@ -109,10 +109,5 @@ def fingerprints(corpus: CorpusConfig) -> dict[str, str]:
         for path in matching(corpus, name):
             relative = path.relative_to(root).as_posix()
             whole = path.suffix not in CONTAINERS  # reading terabytes only to hash them would take hours
-            found[relative] = _sha256(path) if whole else f"{path.stat().st_size} bytes"
+            found[relative] = file_sha256(path) if whole else f"{path.stat().st_size} bytes"
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from pipelines.corpora.coco_images import CocoImage, CocoImages
+from pipelines.corpora.coco_images import CocoImage, CocoImages, row
 from pipelines.corpora.coco_masks import Segmentation, mask
 from pipelines.corpora.files import (
     Entry,
@@ -29,7 +29,7 @@ from pipelines.corpora.files import (
 )
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
-from schemas.records import Referring, Reject, Source
+from schemas.records import Referring, Reject
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
@@ -51,7 +51,8 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         except Refusal as refusal:
             yield refuse(corpus, label("ref", record, "ref_id", position), refusal)
     for image_id, found in by_image.items():
-        yield _row(corpus, images[image_id], found)
+        ids, regions = zip(*found, strict=True)
+        yield row(corpus, images[image_id], ids, referring=regions)
 
 
 def load_refs(path: Path) -> list[Any]:
@@ -91,24 +92,6 @@ def _referring(ref: "_Ref", image: CocoImage, instances: dict[str, list[Any]]) -
     return Referring(
         sentences=tuple(text(sentence.sent) for sentence in ref.sentences),
         mask=mask(instance.segmentation, image),
-    )
-
-
-def _row(corpus: CorpusConfig, image: CocoImage, found: list[tuple[str, Referring]]) -> Row:
-    return Row(
-        corpus=corpus.name,
-        split=corpus.split,
-        image_id=image.id,
-        image_path=image.path,
-        height=image.height,
-        width=image.width,
-        referring=tuple(referring for _, referring in found),
-        source=Source(
-            corpus=corpus.name,
-            files=(image.file,),
-            ids=tuple(ref_id for ref_id, _ in found),
-            licence=image.licence,
-        ),
     )
 
 
