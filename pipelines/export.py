@@ -13,7 +13,7 @@ Pixels, masks, classes and texts stay as they are; keys and sources are those of
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from PIL import Image
 from pipelines.atomic import write_atomically
 from pipelines.catalog import CatalogError, DatasetVersion
 from pipelines.shards import parse
-from pipelines.stream import decode
+from pipelines.stream import decode_labels
 from schemas.jobs import CorpusConfig
 from schemas.masks import area_and_bbox, decode_rle, ids_to_rgb
 from schemas.records import SampleMeta, Split
@@ -47,7 +47,7 @@ def export(version: DatasetVersion, folder: Path) -> tuple[CorpusConfig, ...]:
         name = f"{number:012d}.jpg"  # VQA v2 finds an image so; decoders go by the bytes
         (folder / "images" / name).write_bytes(files["jpg"] if "jpg" in files else files["png"])
         empty = _Split(folder=folder, name=meta.split, taxonomies=version.card.taxonomies)
-        splits.setdefault(meta.split, empty).add(number, name, meta, data)
+        splits.setdefault(meta.split, empty).add(number, name, meta, files)
     corpora = tuple(corpus for split in splits.values() for corpus in split.finish())
     job = {
         "kind": "rebuild",
@@ -87,10 +87,10 @@ class _Split:
     questions: list[Any] = field(default_factory=list)
     answers: list[Any] = field(default_factory=list)
 
-    def add(self, number: int, file_name: str, meta: SampleMeta, data: bytes) -> None:
+    def add(self, number: int, file_name: str, meta: SampleMeta, files: Mapping[str, bytes]) -> None:
         image = {"id": number, "file_name": file_name, "height": meta.height, "width": meta.width}
         if meta.segments is not None and meta.taxonomy is not None:
-            self._add_segments(image, meta, data)
+            self._add_segments(image, meta, files["segments.png"])
         if meta.captions:
             self.captions["images"].append(image)
             self.captions["annotations"] += _numbered(
@@ -104,16 +104,14 @@ class _Split:
             answers = [{"answer": answer, "answer_id": i} for i, answer in enumerate(asked.answers, 1)]
             self.answers.append(named | {"question_type": asked.kind, "answers": answers})
 
-    def _add_segments(self, image: dict[str, Any], meta: SampleMeta, data: bytes) -> None:
+    def _add_segments(self, image: dict[str, Any], meta: SampleMeta, labels: bytes) -> None:
         taxonomy = str(meta.taxonomy)
         known = self.panoptic.setdefault(taxonomy, {"images": [], "annotations": []})
         places = {name: i for i, name in enumerate(self.taxonomies[taxonomy].names, 1)}
-        labels = decode(data).labels
-        assert labels is not None, meta.key
         name = f"{image['id']:012d}.png"
         target = self.folder / f"panoptic_{taxonomy}_{self.name}" / name
         target.parent.mkdir(exist_ok=True)
-        Image.fromarray(ids_to_rgb(labels.astype(np.int32))).save(target)
+        Image.fromarray(ids_to_rgb(decode_labels(labels).astype(np.int32))).save(target)
         segments = [
             {
                 "id": segment.id,

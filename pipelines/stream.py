@@ -127,7 +127,7 @@ def decode(data: bytes) -> Sample:
     """The byte range of a sample in its shard -> the sample. Raises `ShardError`."""
     meta, files = parse(data)
     image = decode_image(files["jpg"] if "jpg" in files else files["png"])
-    labels = _decode_labels(files["segments.png"]) if "segments.png" in files else None
+    labels = decode_labels(files["segments.png"]) if "segments.png" in files else None
     for pixels in (image, labels):
         if pixels is not None and pixels.shape[:2] != (meta.height, meta.width):
             raise ShardError(f"{meta.key}: {pixels.shape[:2]} pixels, described as {meta.height, meta.width}")
@@ -330,7 +330,8 @@ def _without_corrupt(drawn: Iterable[_Drawn[T]], stream: Stream, max_corrupt: in
             yield one.batch, one.position
 
 
-def _decode_labels(data: bytes) -> np.ndarray[Any, np.dtype[np.uint16]]:
+def decode_labels(data: bytes) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """A label map of a shard -> uint16[H, W], segments from 1, 0 void. Raises `ShardError`."""
     try:
         pixels: Array = np.asarray(decode_png(_bytes(data)))
     except RuntimeError as error:
