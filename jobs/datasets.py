@@ -81,8 +81,7 @@ def view(store: Path, dataset: str, version: str, out: Path, limit: int) -> Outc
     num_shown = write_sheet(data, out, limit)
     tracker = connect(store)
     run = tracker.start(f"{dataset} data", f"{dataset}@{data.id}", {"limit": limit}, {"dataset": data.id})
-    counts = {split: count.model_dump() for split, count in data.card.counts.items()}
-    tracker.log_dataset(run, name=dataset, version=data.id, profile=counts, context="view")
+    tracker.log_dataset(run, name=dataset, version=data.id, profile=data.profile(), context="view")
     tracker.log_file(run, out)
     tracker.end(run)
     return Outcome(facts={"sheet": str(out), "samples": num_shown, "mlflow run": run})

@@ -66,7 +66,7 @@ def run(job: EvaluateJob, store: Path, source: str) -> Outcome:
     evaluation = Evaluation.load(folder)
     home = tracker.start(job.registered_model, name, job.model_dump(mode="json"), {"job_file": source})
     tracker.log_dataset(
-        home, name=job.dataset.name, version=data.id, profile=profile(data), context="evaluation"
+        home, name=job.dataset.name, version=data.id, profile=data.profile(), context="evaluation"
     )
     with tracker.running(home):
         log_results(tracker, home, evaluation.results, folder, step=0)
@@ -89,11 +89,6 @@ def measure(model: Path, store: Path, dataset: str, data: DatasetVersion, config
     log.info("evaluating %s on %s of %s@%s", ", ".join(config.tasks), config.split, dataset, data.id)
     cluster.call(_evaluate, order, cpus=order.cpus, gpus=gpus)
     return order.folder
-
-
-def profile(data: DatasetVersion) -> dict[str, dict[str, int]]:
-    """What a dataset version holds, by split and annotation."""
-    return {split: counts.model_dump() for split, counts in data.card.counts.items()}
 
 
 def rows_of(results: Sequence[Result]) -> list[dict[str, object]]:

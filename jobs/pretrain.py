@@ -80,14 +80,15 @@ def run(job: PretrainJob, store: Path, source: str) -> Outcome:
     """Train, evaluate, register. What can be refused is refused before anything starts."""
     data = Catalog(store, job.dataset.name).open(job.dataset.version)
     job = mixing.pinned(job, store)
-    _require_annotations(job, mixing.joined(job, store, data))
+    known = mixing.joined(job, store, data)
+    _require_annotations(job, known)
     tracker = connect(store)
     with cluster.session():
         cpus = _cpus_per_worker(job)
         training = _begin(job, store, source, data, tracker)
         with tracker.running(training.tracked):
             started = time.monotonic()
-            duty = _duty(training, cpus)
+            duty = _duty(training, known, cpus)
             _fit(training, duty, tracker)
             took = console.duration(time.monotonic() - started)
             kept = evaluate.measure(duty.model, store, job.dataset.name, data, job.evaluate)
@@ -133,7 +134,7 @@ def _begin(job: PretrainJob, store: Path, source: str, data: DatasetVersion, tra
         dataset = f"{job.dataset.name}@{data.id}"
         tags = {"job_file": source, "code_version": code_version(), "dataset": dataset}
         tracked = tracker.start(job.registered_model, folder.name, job.model_dump(mode="json"), tags)
-        tracker.log_dataset(tracked, name=job.dataset.name, version=data.id, profile=evaluate.profile(data))
+        tracker.log_dataset(tracked, name=job.dataset.name, version=data.id, profile=data.profile())
     training = Training(job=job, source=source, store=store, data=data, folder=folder, tracked=tracked)
     training.remember(finished=False)
     return training
@@ -152,13 +153,12 @@ def _folder(job: PretrainJob, store: Path, data: DatasetVersion) -> Path:
     return store / "runs" / f"{name}-{number}"
 
 
-def _duty(training: Training, cpus: int) -> Duty:
-    data = training.data
-    known = mixing.joined(training.job, training.store, data)
+def _duty(training: Training, known: DatasetVersion, cpus: int) -> Duty:
+    """`known` is what all datasets of the training know together."""
     return Duty(
         job=training.job,
         store=training.store,
-        version=data.id,
+        version=training.data.id,
         vocabulary=Vocabulary(taxonomy=known.taxonomy(seen_only=True), answers=known.card.answers),
         cpus=cpus,
         folder=training.folder,
@@ -181,8 +181,8 @@ def _fit(training: Training, duty: Duty, tracker: Tracker) -> None:
     def deliver(rows: Sequence[MetricRow]) -> None:
         tracker.log_metrics(training.tracked, rows)
         for step in {row.step for row in rows if any(name.startswith("val/") for name in row.metrics)}:
-            pictures = duty.validation / f"step-{step:08d}" / "pictures"
-            tracker.log_files(training.tracked, pictures, f"validation/step-{step:08d}")
+            folder = duty.validation(step)
+            tracker.log_files(training.tracked, folder / "pictures", f"validation/{folder.name}")
 
     log.info("training: %d workers of %d CPUs", training.job.train.num_workers, duty.cpus)
     with Follower(duty.journal, show=show, deliver=deliver), stoppable(duty):

@@ -14,12 +14,10 @@ from jobs.console import Outcome
 from jobs.store import Busy, code_version, read_json, rebuild_lock, write_json
 from pipelines import demo
 from pipelines.build import BuildReport, build
-from pipelines.catalog import Catalog, CatalogError
+from pipelines.catalog import BeingBuilt, Catalog
 from schemas.jobs import AnyJob, RebuildJob, load
 
 log = logging.getLogger(__name__)
-# how pipelines/catalog.py says that its own lock is held, by a build that no job file started
-HELD = "is being built by another process"
 
 
 def run(job: RebuildJob, store: Path, source: str) -> Outcome:
@@ -57,10 +55,8 @@ def _build(job: RebuildJob, store: Path) -> BuildReport:
             code_version=code_version(),
             session=cluster.session,
         )
-    except CatalogError as error:
-        if HELD in str(error):
-            raise Busy(str(error)) from error
-        raise
+    except BeingBuilt as error:  # by a build that no job file started, which the lock of `run` would show
+        raise Busy(str(error)) from error
 
 
 def _follow(

@@ -64,9 +64,8 @@ class Duty:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    @property
-    def validation(self) -> Path:
-        return self.folder / "validation"
+    def validation(self, step: int) -> Path:
+        return self.folder / "validation" / f"step-{step:08d}"
 
     @property
     def profile(self) -> Path:
@@ -123,9 +122,8 @@ def work(duty: Duty) -> Ending:
 def _keep_freed_memory() -> None:
     """Have glibc keep what tensors free instead of handing it back and faulting it in again every step.
 
-    In the demo that takes the page faults of a step from 9000 to 300, a twentieth of its time. Pieces above
-    32 MB are still handed back (the most that `M_MMAP_THRESHOLD`, mallopt(3), takes). Elsewhere than with
-    glibc nothing happens.
+    Pieces above 32 MB are still handed back (the most that `M_MMAP_THRESHOLD`, mallopt(3), takes). Elsewhere
+    than with glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -186,7 +184,7 @@ def _validate(trainer: Trainer, data: DatasetVersion, duty: Duty) -> float | Non
     """
     from jobs import evaluate  # here: it brings MLflow, which a training without validation need not wait for
 
-    validation, folder = duty.job.train.validation, duty.validation / f"step-{trainer.step:08d}"
+    validation, folder = duty.job.train.validation, duty.validation(trainer.step)
     before = checkpoint.chance()
     with tempfile.TemporaryDirectory(prefix="validation-") as model:
         checkpoint.export(trainer, Path(model))

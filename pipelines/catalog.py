@@ -43,6 +43,10 @@ class CatalogError(ValueError):
     """A dataset or a version that is absent, damaged or in use. The message says what to do."""
 
 
+class BeingBuilt(CatalogError):
+    """Another process builds this dataset; the same will do later."""
+
+
 class SourceCard(Record):
     """A corpus that was read, with the sha256 of each of its annotation files."""
 
@@ -146,6 +150,10 @@ class DatasetVersion:
                 f"dataset {self.card.dataset!r} {self.id} has no classes: add a corpus with segments"
             )
         return Taxonomy(name=self.card.dataset, categories=kept)
+
+    def profile(self) -> dict[str, dict[str, int]]:
+        """What it holds, by split and annotation."""
+        return {split: counts.model_dump() for split, counts in self.card.counts.items()}
 
     def verify(self) -> int:
         """Read every byte of the version again. Returns how many of shards.
@@ -317,14 +325,14 @@ class Catalog:
     def building(self) -> Iterator[None]:
         """Keep other builds out, and clear what killed ones left. The lock dies with the process.
 
-        Raises `CatalogError` where another build holds it.
+        Raises `BeingBuilt` where another build holds it.
         """
         self.shards_root.mkdir(parents=True, exist_ok=True)
         with (self.root / "build.lock").open("wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise CatalogError(
+                raise BeingBuilt(
                     f"dataset {self.dataset!r} is being built by another process; wait for it"
                 ) from None
             sweep(self.shards_root)
