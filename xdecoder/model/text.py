@@ -60,8 +60,7 @@ class _Block(nn.Module):
         return x + self.proj(h * torch.sigmoid(1.702 * h))
 
 
-# Chosen by us: in the demo, half of whose texts are class names beside captions of thrice their length, three
-# groups take a tenth off a training step.
+# Chosen by us, for steps in which class names of a few tokens stand beside captions of thrice their length.
 _LENGTH_GROUPS = 3
 
 
