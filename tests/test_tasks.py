@@ -1,6 +1,10 @@
 """Laws of the table: every task has a row that trains on its own, and an exam whose scores have a meaning."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from test_trainer import fit, trainer
@@ -62,3 +66,40 @@ def test_a_task_learns_on_its_own_and_passes_its_exam(task: Task) -> None:
     assert told and told[-1][0] == task and told[-1][1] == told[-1][2] == 4
     ((name, picture),) = evaluation.pictures
     assert name == f"{task}-tiny-0" and picture.width >= 32
+
+
+THREADS = """
+import os, threading, torch
+from test_trainer import trainer
+from tiny import samples
+from schemas.jobs import AugmentConfig
+
+torch.set_num_threads(4)
+learner = trainer(augment=AugmentConfig(image_size=160, image_text_size=160))
+makers = [learner.make_batch(stream) for stream in learner.streams]
+alone = len(os.listdir("/proc/self/task"))
+made, seen = threading.Event(), threading.Event()
+
+def prepare():
+    for make in makers:
+        make(samples(8, height=160, width=160), list(range(8)))
+    made.set()
+    seen.wait()
+
+thread = threading.Thread(target=prepare)
+thread.start()
+made.wait()
+print(len(os.listdir("/proc/self/task")) - alone)
+seen.set()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux shows them")
+def test_a_thread_that_makes_batches_starts_no_others() -> None:
+    """With more OpenMP threads than cores, every barrier of the training sleeps: its step took twice as long."""
+    command = [sys.executable, "-c", THREADS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "4"}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1"]
