@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xdecoder.training.matcher import assign, mask_costs, match, match_fixed, sample_points
+from xdecoder.training.matcher import assign, mask_costs, match, match_fixed, sample_points, sample_rows
 
 
 def cost_of(matrix: Tensor, pair: tuple[np.ndarray, np.ndarray]) -> float:
@@ -82,6 +82,15 @@ def test_points_are_read_bilinearly_and_zero_outside() -> None:
     between = torch.tensor([[[1.0 / 4, 0.5 / 3], [0.0, 0.5 / 3], [1.0, 1.0]]])
     # halfway between 0 and 1; halfway between 0 and the outside; a quarter of the last cell
     torch.testing.assert_close(sample_points(grid, between)[0, 0], torch.tensor([0.5, 0.0, 11 / 4]))
+
+
+@pytest.mark.parametrize("size", [(3, 4), (1, 1), (7, 2)])
+def test_both_ways_of_sampling_agree(size: tuple[int, int]) -> None:
+    maps = torch.randn(2, 5, *size)
+    places = torch.rand(2, 60, 2)
+    places[:, :3] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    rows = sample_rows(maps.movedim(1, -1), places)
+    torch.testing.assert_close(rows.transpose(1, 2), sample_points(maps, places), atol=1e-6, rtol=0)
 
 
 def test_matching_finds_the_masks_that_were_shuffled() -> None:

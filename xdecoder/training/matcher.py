@@ -29,6 +29,24 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, 2 * points[:, :, None] - 1, mode="bilinear", align_corners=False)[..., 0]
 
 
+def sample_rows(maps: Tensor, points: Tensor) -> Tensor:
+    """The same of maps whose channels lie side by side: float[N, h, w, C] at float[N, P, 2] -> float[N, P, C].
+
+    Four rows of channels a point, weighed: quicker than `grid_sample` where there are many channels.
+    """
+    height, width = maps.shape[1:3]
+    size = points.new_tensor([width, height])
+    place = (points * size - 0.5)[:, :, None]
+    cell = place.floor() + points.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+    weight = (1 - (place - cell).abs()).prod(-1) * ((cell >= 0) & (cell < size)).all(-1)
+    x, y = cell.clamp(min=torch.zeros_like(size), max=size - 1).long().unbind(-1)
+    row = (torch.arange(len(maps), device=maps.device)[:, None, None] * height + y) * width + x
+    summed = F.embedding_bag(
+        row.flatten(0, 1), maps.flatten(0, 2), per_sample_weights=weight.flatten(0, 1), mode="sum"
+    )
+    return summed.unflatten(0, points.shape[:2])
+
+
 def mask_costs(logits: Tensor, truth: Tensor, pixelwise: Pixelwise = "bce") -> tuple[Tensor, Tensor]:
     """Mean pixelwise loss and dice of every pair: float32[N, O, P], float32[N, M, P] -> two float32[N, O, M].
 
@@ -36,15 +54,19 @@ def mask_costs(logits: Tensor, truth: Tensor, pixelwise: Pixelwise = "bce") -> t
     focal  a (1 - p)^g (-log p) and (1 - a) p^g (-log (1 - p)), a = 0.25 and g = 2
     dice   1 - (2 sum(p t) + 1) / (sum p + sum t + 1)
     """
-    count = logits.shape[-1]
-    other, p = truth.transpose(1, 2), logits.sigmoid()
+    count, p = logits.shape[-1], logits.sigmoid()
+
+    def inside(values: Tensor) -> Tensor:
+        """Summed over the points of each target; this way round it takes half the time on a CPU."""
+        return (truth @ values.transpose(1, 2)).transpose(1, 2)
+
     if pixelwise == "bce":  # -log p is -log (1 - p) - x: one logarithm does for both
-        each = (F.softplus(logits).sum(-1, keepdim=True) - logits @ other) / count
+        each = (F.softplus(logits).sum(-1, keepdim=True) - inside(logits)) / count
     else:
-        inside = ALPHA * (1 - p) ** GAMMA * F.softplus(-logits)
-        outside = (1 - ALPHA) * p**GAMMA * F.softplus(logits)
-        each = (inside @ other + outside @ (1 - other)) / count
-    dice = 1 - (2 * (p @ other) + 1) / (p.sum(-1, keepdim=True) + truth.sum(-1)[:, None] + 1)
+        one = ALPHA * (1 - p) ** GAMMA * F.softplus(-logits)
+        zero = (1 - ALPHA) * p**GAMMA * F.softplus(logits)
+        each = (zero.sum(-1, keepdim=True) + inside(one - zero)) / count
+    dice = 1 - (2 * inside(p) + 1) / (p.sum(-1, keepdim=True) + truth.sum(-1)[:, None] + 1)
     return each, dice
 
 
@@ -79,7 +101,7 @@ def match(
     """Match all predictions of all requests, a prediction at a time: what is sampled of all would be large.
 
     class_costs    float[L, R, O, M], minus a probability
-    mask_logits    float[L, R, O, h, w]
+    mask_logits    float[L, R, O, h, w], read fastest where the latents of a cell lie side by side
     truth          float[R, M, H, W], padded; counts[r] are real
     weights        of class, pixelwise loss and dice (2, 5, 5 in Mask2Former; 1, 20, 1 in MaskFormer)
     points         uniform random points, drawn once a request and prediction, shared by all its masks; 0 is
@@ -90,11 +112,15 @@ def match(
     places = torch.rand(layers * rows, points, 2, device=truth.device).unflatten(0, (layers, rows))
     if not truth.numel():
         return assign(class_costs.flatten(0, 1), counts * layers)
-    whole = F.interpolate(truth, size=mask_logits.shape[-2:]).flatten(2)
     totals = []
-    for costs, logits, where in zip(class_costs.float(), mask_logits, places, strict=True):
-        predicted = sample_points(logits.float(), where) if points else logits.float().flatten(2)
-        each, dice = mask_costs(predicted, sample_points(truth, where) if points else whole, pixelwise)
+    for costs, logits, where in zip(class_costs.float(), mask_logits.float(), places, strict=True):
+        if points:
+            predicted = sample_rows(logits.movedim(1, -1), where).transpose(1, 2)
+            wanted = sample_points(truth, where)
+        else:
+            predicted = logits.flatten(2)
+            wanted = F.interpolate(truth, size=logits.shape[-2:]).flatten(2)
+        each, dice = mask_costs(predicted, wanted, pixelwise)
         totals.append(weights[0] * costs + weights[1] * each + weights[2] * dice)
     return assign(torch.cat(totals), counts * layers)
 
