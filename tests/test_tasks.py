@@ -96,7 +96,7 @@ seen.set()
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux shows them")
 def test_a_thread_that_makes_batches_starts_no_others() -> None:
-    """With more OpenMP threads than cores every barrier of the training sleeps: its step took twice the time."""
+    """With more OpenMP threads than cores all barriers of a training sleep: its step took twice as long."""
     command = [sys.executable, "-c", THREADS]
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
     done = subprocess.run(

@@ -30,7 +30,7 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def sample_rows(maps: Tensor, points: Tensor) -> Tensor:
-    """The same of maps whose channels lie side by side: float[N, h, w, C] at float[N, P, 2] -> float[N, P, C].
+    """The same, of channels that lie side by side: float[N, h, w, C] at float[N, P, 2] -> float[N, P, C].
 
     Four rows of channels a point, weighed: quicker than `grid_sample` where there are many channels.
     """
