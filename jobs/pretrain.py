@@ -19,10 +19,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from jobs import cluster, console, evaluate, mixing
 from jobs.console import Outcome, Progress
 from jobs.journal import Follower, MetricRow
-from jobs.store import code_version, digest, read_json, write_json
+from jobs.store import catalog_of, code_version, digest, read_json, write_json
 from jobs.tracking import ModelVersion, Tracker, connect
 from jobs.worker import Duty, Ending, MissingRank, work
-from pipelines.catalog import Catalog, DatasetVersion
+from pipelines.catalog import DatasetVersion
 from pipelines.stream import StreamError
 from schemas.jobs import PretrainJob
 from schemas.tasks import NEEDS
@@ -78,7 +78,7 @@ class Training:
 
 def run(job: PretrainJob, store: Path, source: str) -> Outcome:
     """Train, evaluate, register. What can be refused is refused before anything starts."""
-    data = Catalog(store, job.dataset.name).open(job.dataset.version)
+    data = catalog_of(store, job.dataset.name).open(job.dataset.version)
     job = mixing.pinned(job, store)
     known = mixing.joined(job, store, data)
     _require_annotations(job, known)

@@ -11,10 +11,10 @@ from typing import Any
 
 from jobs import cluster, dispatch
 from jobs.console import Outcome
-from jobs.store import Busy, code_version, read_json, rebuild_lock, write_json
+from jobs.store import Busy, catalog_of, code_version, read_json, rebuild_lock, write_json
 from pipelines import demo
 from pipelines.build import BuildReport, build
-from pipelines.catalog import BeingBuilt, Catalog
+from pipelines.catalog import BeingBuilt
 from schemas.jobs import AnyJob, RebuildJob, load
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def _build(job: RebuildJob, store: Path) -> BuildReport:
         return build(
             corpora,
             job.build,
-            Catalog(store, job.dataset),
+            catalog_of(store, job.dataset),
             code_version=code_version(),
             session=cluster.session,
         )

@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 from jobs import console, journal, mixing
 from jobs.gauge import Gauge
-from pipelines.catalog import Catalog, DatasetVersion
+from jobs.store import catalog_of
+from pipelines.catalog import DatasetVersion
 from schemas.jobs import PretrainJob, TrainConfig
 from schemas.tasks import Stream
 from xdecoder.prompts import Vocabulary
@@ -133,7 +134,7 @@ def _keep_freed_memory() -> None:
 
 def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
     train = duty.job.train
-    data = Catalog(duty.store, duty.job.dataset.name).open(duty.version)
+    data = catalog_of(duty.store, duty.job.dataset.name).open(duty.version)
     streams = _streams(trainer, data, duty)
     gauge = Gauge(trainer, data)
     roll = dist.new_group(backend="gloo")

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from pipelines.cache import LocalShards, Shards
+from pipelines.cache import Shards
 from pipelines.catalog import DatasetVersion
 from pipelines.order import Mixture, Order, dataset_seed, rank_slice, sample_seed
 from pipelines.pixels import PHOTOGRAPHS, PixelsError, upright
@@ -120,7 +120,7 @@ def read_samples(
     samples than announced is wrong.
     """
     rows = _members(version, split, stream).sort_by("key")
-    return _read_all(_Index(rows.slice(0, limit or None), LocalShards(version.shards_root)))
+    return _read_all(_Index(rows.slice(0, limit or None), version.shards()))
 
 
 def decode(data: bytes) -> Sample:
@@ -234,7 +234,7 @@ def _holdings(version: DatasetVersion) -> str:
 
 def _training_index(one: Weighted, stream: Stream) -> _Index:
     rows = _members(one.version, "train", stream)
-    files = one.shards or LocalShards(one.version.shards_root)
+    files = one.shards or one.version.shards()
     return _Index(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]), files)
 
 
