@@ -1,12 +1,13 @@
 """What the command line shows of the built datasets."""
 
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from jobs.console import Outcome
-from jobs.store import catalog_of, names_in, pull, read_json
+from jobs.store import catalog_of, names_in, pull, read_json, remote
 from pipelines import export as public
 from pipelines.catalog import CatalogError
 from pipelines.changes import What
@@ -116,6 +117,11 @@ def _needed(store: Path, dataset: str) -> dict[str, str]:
     """Versions that registered models or unfinished trainings need. Raises where that cannot be told."""
     from jobs.tracking import connect
 
+    if remote(store) and "MLFLOW_TRACKING_URI" not in os.environ:
+        raise CatalogError(
+            "what models registered from other machines need cannot be told: set MLFLOW_TRACKING_URI to the "
+            "server that all share"
+        )
     uses = [
         (version.tags.get("dataset", ""), f"model {version.model} version {version.version}")
         for version in connect(store).versions()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from jobs import console, journal, mixing
 from jobs.gauge import Gauge
-from jobs.store import catalog_of
+from jobs.store import catalog_of, remote
 from pipelines.catalog import DatasetVersion
 from schemas.jobs import PretrainJob, TrainConfig
 from schemas.tasks import Stream
@@ -108,7 +108,8 @@ def work(duty: Duty) -> Ending:
         device=str(ray.train.torch.get_device()),
     )
     facts = {"job": duty.job.model_dump(mode="json"), "dataset": f"{duty.job.dataset.name}@{duty.version}"}
-    checkpoints = Checkpoints(duty.checkpoints, keep=duty.job.train.keep_checkpoints, facts=facts)
+    keep, there = duty.job.train.keep_checkpoints, remote(duty.checkpoints)
+    checkpoints = Checkpoints(duty.checkpoints, keep=keep, facts=facts, there=there)
     if checkpoints.restore(trainer) is None:
         checkpoints.save(trainer)  # something to go back to; and a store that cannot be written shows at once
     log.info("rank %d of %d goes on from step %d", trainer.rank, trainer.world_size, trainer.step)

@@ -175,7 +175,7 @@ class DatasetVersion:
         """Its shards, to be read from several threads, hashed or fetched."""
         if self.remote is None:
             return RemoteShards(Remote.at(str(self.shards_root)))
-        return RemoteShards(self.remote / "shards", _names_there(self.manifest))
+        return RemoteShards(self.remote / "shards", names_there(self.manifest))
 
     def shards(self) -> Shards:
         """Where samples are read, unless by way of a cache."""
@@ -195,9 +195,10 @@ class DatasetVersion:
             problems.append("the tables and the card are not those that were published")
         if problems:
             lines = "".join(f"\n  {problem}" for problem in problems)
-            raise CatalogError(
-                f"dataset {self.card.dataset!r} {self.id} is damaged; rebuild to repair the shards:{lines}"
-            )
+            remedy = "rebuild to repair the shards"
+            if self.remote is not None:
+                remedy = "delete these there and rebuild, which uploads what is missing"
+            raise CatalogError(f"dataset {self.card.dataset!r} {self.id} is damaged; {remedy}:{lines}")
         return sum(row["size_bytes"] for row in rows)
 
 
@@ -293,7 +294,7 @@ class Catalog:
         """
         here = self.root / "versions" / version
         manifest = pq.read_table(here / "manifest.parquet")
-        names, there = _names_there(manifest), remote.list("shards")
+        names, there = names_there(manifest), remote.list("shards")
         sent = [
             (self.shards_root / row["shard"], f"shards/{names[row['shard']]}", row["sha256"])
             for row in manifest.to_pylist()
@@ -307,13 +308,12 @@ class Catalog:
                 pass
         finally:  # what was not begun need not begin where one has failed
             pool.shutdown(cancel_futures=True)
-        whole = CARD in remote.list(f"versions/{version}")
-        if not whole:
-            hashes = _HASHES.validate_json((here / CHECKSUMS).read_bytes())
-            hashes[CHECKSUMS] = file_sha256(here / CHECKSUMS)
-            for name in sorted(hashes, key=lambda name: name == CARD):
-                _send(remote, (here / name, f"versions/{version}/{name}", hashes[name]))
-        return not whole
+        hashes = _HASHES.validate_json((here / CHECKSUMS).read_bytes())
+        hashes[CHECKSUMS] = file_sha256(here / CHECKSUMS)
+        tables = remote.list(f"versions/{version}")
+        for name in sorted(hashes, key=lambda name: name == CARD) if hashes.keys() - tables else ():
+            _send(remote, (here / name, f"versions/{version}/{name}", hashes[name]))
+        return CARD not in tables
 
     def _fetch(self, there: Remote, folder: Path) -> None:
         """A version's tables and card, whole; several processes may do so at a time."""
@@ -494,7 +494,7 @@ def _damaged_files(folder: Remote) -> list[str]:
     return sorted(problems)
 
 
-def _names_there(manifest: pa.Table) -> dict[str, str]:
+def names_there(manifest: pa.Table) -> dict[str, str]:
     """What each shard is called at a URI: the same samples may have other bytes, with another PNG encoder."""
     rows = zip(manifest["shard"].to_pylist(), manifest["sha256"].to_pylist(), strict=True)
     return {shard: f"{shard.removesuffix('.tar')}-{digest[:16]}.tar" for shard, digest in rows}
@@ -508,7 +508,7 @@ def _send(remote: Remote, file: tuple[Path, str, str]) -> None:
 
 
 def _remove_there(shards: Remote, manifests: Sequence[pa.Table], before: float) -> int:
-    wanted = {name for manifest in manifests for name in _names_there(manifest).values()}
+    wanted = {name for manifest in manifests for name in names_there(manifest).values()}
     freed = 0
     for name, file in shards.list().items():
         if name not in wanted and file.mtime_ns < before * 1e9:
