@@ -112,9 +112,13 @@ class RemoteShards:
         """All of a shard. Raises `OSError`."""
         return self.remote.chunks(self.names.get(name, name))
 
-    def sha256(self, name: str) -> str:
-        """Of the bytes that are there. Raises `OSError`."""
-        return self.remote.sha256(self.names.get(name, name))
+    def problem(self, name: str, digest: str) -> str:
+        """What is wrong with a shard that should have this SHA-256, or nothing."""
+        there = self.names.get(name, name)
+        try:
+            return "" if self.remote.sha256(there) == digest else f"{self}/{there}: its bytes changed"
+        except OSError as error:
+            return f"{self}/{there}: {error}"
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         file = self._open.get(name, lambda name: self.remote.open(self.names.get(name, name)))

@@ -186,9 +186,9 @@ class DatasetVersion:
 
         Raises `CatalogError` that names every file that is missing or is not what was written.
         """
-        rows, source = self.manifest.to_pylist(), self.source()
+        names, digests = (self.manifest[column].to_pylist() for column in ("shard", "sha256"))
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-            problems = [p for p in pool.map(partial(_problem, source), rows) if p]
+            problems = [p for p in pool.map(self.source().problem, names, digests) if p]
         tables = Remote.at(str(self.folder.parent)) if self.remote is None else self.remote / "versions"
         problems += _damaged_files(tables / self.id)
         if content_id(self.card, self.manifest, self.samples, self.rejects) != self.id:
@@ -199,7 +199,7 @@ class DatasetVersion:
             if self.remote is not None:
                 remedy = "delete these there and rebuild, which uploads what is missing"
             raise CatalogError(f"dataset {self.card.dataset!r} {self.id} is damaged; {remedy}:{lines}")
-        return sum(row["size_bytes"] for row in rows)
+        return sum(self.manifest["size_bytes"].to_pylist())
 
 
 class Catalog:
@@ -467,15 +467,6 @@ def _in_use(folder: Path) -> bool:
         except OSError:
             return True
     return False
-
-
-def _problem(source: RemoteShards, row: Mapping[str, str]) -> str:
-    """What is wrong with a shard of a manifest, or nothing."""
-    try:
-        same = source.sha256(row["shard"]) == row["sha256"]
-    except OSError as error:
-        return f"{source}/{row['shard']}: {error}"
-    return "" if same else f"{source}/{row['shard']}: its bytes changed"
 
 
 def _damaged_files(folder: Remote) -> list[str]:
