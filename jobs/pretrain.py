@@ -180,8 +180,8 @@ def _fit(training: Training, duty: Duty, tracker: Tracker) -> None:
             log.info("step %d: %s", row.step, values)
 
     def deliver(rows: Sequence[MetricRow]) -> None:
-        push(duty.journal)
         tracker.log_metrics(training.tracked, rows)
+        push(duty.journal)
         for step in {row.step for row in rows if any(name.startswith("val/") for name in row.metrics)}:
             folder = duty.validation(step)
             tracker.log_files(training.tracked, folder / "pictures", f"validation/{folder.name}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs import cluster, dispatch
 from jobs.console import Outcome
-from jobs.store import Busy, catalog_of, code_version, read_json, rebuild_lock, write_json
+from jobs.store import Busy, catalog_of, code_version, pull, push, read_json, rebuild_lock, write_json
 from pipelines import demo
 from pipelines.build import BuildReport, build
 from pipelines.catalog import BeingBuilt
@@ -64,7 +64,7 @@ def _follow(
 ) -> Outcome:
     """Run what has not yet been run for this version. The first failure ends it, and names what is left."""
     state = store / "rebuilds" / f"{dataset}.json"
-    known = read_json(state)
+    known = read_json(pull(state))
     done: list[str] = known["done"] if known.get("version") == version else []
     tables: dict[str, list[dict[str, Any]]] = {}
     refused = False
@@ -83,4 +83,5 @@ def _follow(
         refused = refused or result.refused
         done = [*done, path.name]
         write_json(state, {"version": version, "done": done})
+        push(state)
     return Outcome(facts=outcome.facts | {"followed by": done}, tables=tables, refused=refused)

@@ -39,7 +39,7 @@ def resolve(setting: str) -> Path:
     if "://" in chosen:
         if "@" in chosen:
             raise ValueError("a store's address holds no key: set AWS_ACCESS_KEY_ID and the like instead")
-        return (home / quote(chosen.rstrip("/"), safe="").replace("%", ESCAPE)).resolve()
+        return (home / _named_after(chosen.rstrip("/"))).resolve()
     path = Path(chosen).expanduser()
     if not path.is_absolute() and UPLOADED in f"{Path.cwd().as_posix()}/":
         path = home / path
@@ -54,7 +54,7 @@ def remote(path: Path) -> "Remote | None":
     """The other side of a store's folder, or of a folder in it; None where all of it is on this side."""
     for store in (path, *path.parents):
         uri = unquote(store.name.replace(ESCAPE, "%"))
-        if "://" in uri:
+        if "://" in uri and _named_after(uri) == store.name:
             there = _opened(uri)
             return there / path.relative_to(store).as_posix() if path != store else there
     return None
@@ -87,6 +87,10 @@ def pull(path: Path) -> Path:
         with suppress(FileNotFoundError):
             there.download(path.name, path)
     return path
+
+
+def _named_after(uri: str) -> str:
+    return quote(uri, safe="").replace("%", ESCAPE)
 
 
 @functools.cache

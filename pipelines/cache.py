@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.remote import Remote
+from pipelines.remote import Remote, RemoteError
 from pipelines.shards import file_sha256
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,10 @@ class Shards(Protocol):
     """Where a stream reads its shards, from several threads; goes to loader processes."""
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        """`length` bytes of a shard, fewer where it ends. Raises `OSError`."""
+        """`length` bytes of a shard, fewer where it ends.
+
+        Raises `RemoteError` where the place cannot be reached, any other `OSError` where it is the shard.
+        """
 
     def mend(self, name: str) -> bool:
         """After bytes that are not those written: whether reading them again may give others."""
@@ -121,8 +124,10 @@ class RemoteShards:
             return f"{self}/{there}: {error}"
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        file = self._open.get(name, lambda name: self.remote.open(self.names.get(name, name)))
-        return bytes(file.read_at(length, offset))
+        there = self.names.get(name, name)
+        file = self._open.get(name, lambda _: self.remote.open(there))
+        with self.remote.explained("read", there):
+            return bytes(file.read_at(length, offset))
 
     def mend(self, name: str) -> bool:
         return False
@@ -208,6 +213,8 @@ class CachedShards(LocalShards):
                     return
         except OSError as error:
             part.unlink(missing_ok=True)
+            if isinstance(error, RemoteError):
+                raise
             raise CacheError(f"{source} cannot be fetched: {error}") from None
         part.unlink(missing_ok=True)
         raise CacheError(f"{source} has the hash {found[:16]}.., {digest[:16]}.. was written")

@@ -55,12 +55,12 @@ class Remote:
 
     def open(self, name: str) -> Any:
         """A pyarrow file, whose `read_at` serves several threads."""
-        with self._explained("read", name):
+        with self.explained("read", name):
             return self.files.open_input_file(f"{self.root}/{name}")
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of a file, a few megabytes at a time."""
-        with self._explained("read", name), self.files.open_input_stream(f"{self.root}/{name}") as file:
+        with self.explained("read", name), self.files.open_input_stream(f"{self.root}/{name}") as file:
             while data := file.read(_CHUNK):
                 yield data
 
@@ -86,7 +86,7 @@ class Remote:
             file.write(data)
 
     def delete(self, name: str) -> None:
-        with self._explained("delete", name):
+        with self.explained("delete", name):
             self.files.delete_file(f"{self.root}/{name}")
 
     def list(self, folder: str = "", *, deep: bool = True) -> dict[str, fs.FileInfo]:
@@ -95,7 +95,7 @@ class Remote:
         Nothing where there is no such folder, an error where there is no such bucket.
         """
         where = f"{self.root}/{folder}".rstrip("/")
-        with self._explained("list", folder):
+        with self.explained("list", folder):
             found = self.files.get_file_info(fs.FileSelector(where, recursive=deep, allow_not_found=True))
             bucket = self.root.partition("/")[0]  # empty on a disk
             if not found and bucket and self.files.get_file_info(bucket).type == fs.FileType.NotFound:
@@ -109,7 +109,7 @@ class Remote:
     @contextmanager
     def _written(self, name: str) -> Iterator[Any]:
         path = f"{self.root}/{name}"
-        with self._explained("write", name):
+        with self.explained("write", name):
             if self.files.type_name not in _RENAMING:
                 with self.files.open_output_stream(path) as file:
                     yield file
@@ -122,7 +122,8 @@ class Remote:
             self.files.move(temporary, path)
 
     @contextmanager
-    def _explained(self, doing: str, name: str) -> Iterator[None]:
+    def explained(self, doing: str, name: str) -> Iterator[None]:
+        """Inside, what pyarrow raises becomes a `RemoteError` about this file."""
         try:
             yield
         except FileNotFoundError:

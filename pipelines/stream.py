@@ -29,6 +29,7 @@ from pipelines.cache import Shards
 from pipelines.catalog import DatasetVersion
 from pipelines.order import Mixture, Order, dataset_seed, rank_slice, sample_seed
 from pipelines.pixels import PHOTOGRAPHS, PixelsError, upright
+from pipelines.remote import RemoteError
 from pipelines.shards import ShardError, parse
 from schemas.masks import Array
 from schemas.records import Sample, Split
@@ -192,7 +193,9 @@ class _Index:
         self.sizes: tuple[int, ...] = tuple(np.bincount(self.shard_of, minlength=len(self.shards)).tolist())
 
     def sample(self, index: int) -> Sample:
-        """Raises `ShardError` that names the sample and its place, where its bytes are not those written."""
+        """Raises `ShardError` that names the sample and its place, where its bytes are not those written, and
+        `RemoteError`.
+        """
         shard, offset = self.shards[self.shard_of[index]], int(self.offsets[index])
         try:
             try:
@@ -202,6 +205,8 @@ class _Index:
                     raise
                 data = self._read(index)
             return decode(data)
+        except RemoteError:  # a network that is away must not cost samples
+            raise
         except (OSError, ShardError) as error:
             where = f"sample {self.keys[index].as_py()} at byte {offset} of {self.files}/{shard}"
             raise ShardError(f"{where}: {error}") from None

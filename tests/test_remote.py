@@ -29,7 +29,7 @@ from jobs.store import catalog_of, names_in, resolve
 from pipelines.build import BuildReport, build
 from pipelines.cache import CachedShards
 from pipelines.catalog import Catalog, CatalogError, DatasetVersion, content_id, names_there
-from pipelines.remote import Remote
+from pipelines.remote import Remote, RemoteError
 from pipelines.shards import file_sha256
 from schemas.jobs import CorpusConfig, load
 from schemas.records import MANIFEST
@@ -52,7 +52,11 @@ class Server:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         request = environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]
         self.requests.append(request)
-        self.before(request)
+        try:
+            self.before(request)
+        except PermissionError:
+            start_response("403 Forbidden", [])
+            return [b"<Error><Code>AccessDenied</Code><Message>no rights</Message></Error>"]
         return self.answer(environ, start_response)
 
     def written(self) -> list[str]:
@@ -286,10 +290,27 @@ def test_what_cannot_be_reached_is_one_message(
     absent = uri.replace("s3://test", "s3://absent")
     assert "there is no bucket 'absent-what-cannot" in refusal(absent)
     assert "Unrecognized filesystem" in refusal("nowhere://bucket")
-    assert "holds no key" in refusal("s3://key:secret@bucket")
     machine(uri, "one")
     assert main(["datasets", "show"]) == 2 and "no dataset 'demo' in s3://" in capsys.readouterr().err
     assert main(["datasets", "prune"]) == 2 and "set MLFLOW_TRACKING_URI" in capsys.readouterr().err
+
+
+def test_what_is_refused_costs_no_samples(
+    demo_dataset: DatasetVersion, machine: Machine, uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike what is damaged, which is skipped."""
+
+    def refuse(request: Request) -> None:
+        raise PermissionError
+
+    version = published(demo_dataset, machine(uri, "one")).open()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RemoteError, match="cannot read .*ACCESS_DENIED.*credent"),
+    ):
+        patch.setattr(server, "before", refuse)
+        next(streamed(version))
+    assert len(next(streamed(version))[0]) == 4
 
 
 def test_checkpoints_lie_there_and_a_damaged_one_gives_way(
@@ -319,6 +340,7 @@ def test_checkpoints_lie_there_and_a_damaged_one_gives_way(
     assert not list((tmp_path / "two").iterdir()) and not list((tmp_path / "three").iterdir())
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_training_goes_on_upon_another_machine(
     demo_dataset: DatasetVersion, machine: Machine, uri: str
 ) -> None:
