@@ -300,7 +300,7 @@ def _command(
 
 def _stored(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     command.add_argument(
-        "--store", default="store", help="the folder of all state; XDECODER_STORE overrides it"
+        "--store", default="store", help="folder or URI of all state; XDECODER_STORE overrides it"
     )
     return command
 

@@ -1,34 +1,38 @@
 """What the command line shows of the built datasets."""
 
+import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from jobs.console import Outcome
-from jobs.store import read_json
+from jobs.store import catalog_of, names_in, pull, read_json, remote
 from pipelines import export as public
-from pipelines.catalog import Catalog, CatalogError
+from pipelines.catalog import CatalogError
 from pipelines.changes import What
 from pipelines.sheet import write_sheet
+
+GRACE_S = 7 * 86400  # chosen by us: longer than any upload of a version to a URI takes
 
 
 def listing(store: Path) -> list[dict[str, Any]]:
     """A row for each version of each dataset; `*` marks the current one."""
     rows = []
-    for folder in sorted((store / "datasets").glob("*")):
-        catalog = Catalog(store, folder.name)
+    for name in names_in(store / "datasets"):
+        catalog = catalog_of(store, name)
         current = catalog.current()
         for version in catalog.versions():
             counts = catalog.open(version).card.counts
             samples = {split: count.samples for split, count in counts.items()}
             mark = "*" if version == current else ""
-            rows.append({"dataset": folder.name, "version": version, "current": mark, "samples": samples})
+            rows.append({"dataset": name, "version": version, "current": mark, "samples": samples})
     return rows
 
 
 def show(store: Path, dataset: str, version: str) -> Outcome:
     """A version's card: counts, sources, rejects by reason, classes."""
-    data = Catalog(store, dataset).open(version)
+    data = catalog_of(store, dataset).open(version)
     card = data.card
     facts = {
         "dataset": dataset,
@@ -53,13 +57,13 @@ def show(store: Path, dataset: str, version: str) -> Outcome:
 
 def verify(store: Path, dataset: str, version: str) -> Outcome:
     """Read every byte again. Raises `CatalogError` that names the damaged files."""
-    data = Catalog(store, dataset).open(version)
+    data = catalog_of(store, dataset).open(version)
     return Outcome(facts={"dataset": dataset, "version": data.id, "verified_bytes": data.verify()})
 
 
 def diff(store: Path, dataset: str, before: str, after: str) -> Outcome:
     """Which samples came, went and changed between two versions, and why."""
-    found = Catalog(store, dataset).diff(before, after)
+    found = catalog_of(store, dataset).diff(before, after)
     facts: dict[str, Any] = {"dataset": dataset, "from": before, "to": after}
     facts |= {what: len(found.keys(what)) for what in get_args(What)}
     facts |= {"shards added": len(found.shards_added), "shards removed": len(found.shards_removed)}
@@ -68,7 +72,7 @@ def diff(store: Path, dataset: str, before: str, after: str) -> Outcome:
 
 def rollback(store: Path, dataset: str) -> Outcome:
     """Serve the version before the current one."""
-    return Outcome(facts={"dataset": dataset, "current": Catalog(store, dataset).rollback()})
+    return Outcome(facts={"dataset": dataset, "current": catalog_of(store, dataset).rollback()})
 
 
 def view(store: Path, dataset: str, version: str, out: Path, limit: int) -> Outcome:
@@ -77,7 +81,7 @@ def view(store: Path, dataset: str, version: str, out: Path, limit: int) -> Outc
 
     if out.is_dir():
         raise CatalogError(f"{out} is a folder; name the HTML file to write")
-    data = Catalog(store, dataset).open(version)
+    data = catalog_of(store, dataset).open(version)
     num_shown = write_sheet(data, out, limit)
     tracker = connect(store)
     run = tracker.start(f"{dataset} data", f"{dataset}@{data.id}", {"limit": limit}, {"dataset": data.id})
@@ -89,7 +93,7 @@ def view(store: Path, dataset: str, version: str, out: Path, limit: int) -> Outc
 
 def export(store: Path, dataset: str, version: str, folder: Path) -> Outcome:
     """Write a version in public forms, with the job file that reads them again."""
-    corpora = public.export(Catalog(store, dataset).open(version), folder.absolute())
+    corpora = public.export(catalog_of(store, dataset).open(version), folder.absolute())
     rows = [{"corpus": c.name, "format": c.format, "split": c.split} for c in corpora]
     again = f"python -m jobs {folder / 'rebuild.yaml'}"
     return Outcome(facts={"folder": str(folder), "read it again": again}, tables={"corpora": rows})
@@ -97,13 +101,13 @@ def export(store: Path, dataset: str, version: str, folder: Path) -> Outcome:
 
 def prune(store: Path, dataset: str, keep: int, *, yes: bool) -> Outcome:
     """Remove versions and shards that nothing needs; without `yes` only say which."""
-    catalog = Catalog(store, dataset)
+    catalog = catalog_of(store, dataset)
     needed = _needed(store, dataset)
     rows = [row.model_dump() for row in catalog.prunable(needed, keep)]
     going = sum(not row["kept_because"] for row in rows)
     facts: dict[str, Any] = {"dataset": dataset, "versions that go": going}
     if yes:
-        facts["freed bytes of shards"] = catalog.prune(needed, keep)
+        facts["freed bytes of shards"] = catalog.prune(needed, keep, time.time() - GRACE_S)
     else:
         facts["nothing was removed"] = "add --yes to remove them, and the shards that only they hold"
     return Outcome(facts=facts, tables={"versions": rows})
@@ -113,13 +117,19 @@ def _needed(store: Path, dataset: str) -> dict[str, str]:
     """Versions that registered models or unfinished trainings need. Raises where that cannot be told."""
     from jobs.tracking import connect
 
+    if remote(store) and "MLFLOW_TRACKING_URI" not in os.environ:
+        raise CatalogError(
+            "what models registered from other machines need cannot be told: set MLFLOW_TRACKING_URI to the "
+            "server that all share"
+        )
     uses = [
         (version.tags.get("dataset", ""), f"model {version.model} version {version.version}")
         for version in connect(store).versions()
     ]
-    for path in sorted((store / "runs").glob("*/run.json")):
+    for name in names_in(store / "runs"):
+        path = pull(store / "runs" / name / "run.json")
         run = read_json(path)
-        if not run.get("finished"):
+        if path.is_file() and not run.get("finished"):
             if "dataset" not in run:
                 raise CatalogError(
                     f"{path} does not say which version it trains on; finish or delete that run"

@@ -19,9 +19,9 @@ import torch
 from jobs import cluster, console
 from jobs.console import Outcome
 from jobs.journal import MetricRow
-from jobs.store import digest, digest_files
+from jobs.store import catalog_of, digest, digest_files
 from jobs.tracking import Tracker, connect
-from pipelines.catalog import Catalog, DatasetVersion
+from pipelines.catalog import DatasetVersion
 from pipelines.stream import read_samples
 from schemas.jobs import EvaluateConfig, EvaluateJob
 from schemas.records import Sample
@@ -57,7 +57,7 @@ class Order:
 def run(job: EvaluateJob, store: Path, source: str) -> Outcome:
     """Evaluate a registered model and log the table in a run of its own."""
     tracker = connect(store)
-    data = Catalog(store, job.dataset.name).open(job.dataset.version)
+    data = catalog_of(store, job.dataset.name).open(job.dataset.version)
     version = tracker.version(job.registered_model, job.version)
     model = tracker.fetch(version, store / "models")
     with cluster.session():
@@ -107,7 +107,7 @@ def _evaluate(order: Order) -> None:
     """Runs in a Ray task."""
     console.configure()
     torch.set_num_threads(order.cpus)
-    data = Catalog(order.store, order.dataset).open(order.version)
+    data = catalog_of(order.store, order.dataset).open(order.version)
     examine(order.model, data, order.config, order.folder)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
-from pyarrow import fs
 
+from jobs.store import catalog_of
 from pipelines.cache import CachedShards, Shards
-from pipelines.catalog import Catalog, DatasetVersion
+from pipelines.catalog import DatasetVersion
 from pipelines.foreign import foreign_stream
 from pipelines.stream import MakeBatch, Weighted, training_stream
 from schemas.jobs import PretrainJob
@@ -27,7 +27,8 @@ def pinned(job: PretrainJob, store: Path) -> PretrainJob:
     """
     ids = {
         stream: tuple(
-            ref.model_copy(update={"version": Catalog(store, ref.name).open(ref.version).id}) for ref in refs
+            ref.model_copy(update={"version": catalog_of(store, ref.name).open(ref.version).id})
+            for ref in refs
         )
         for stream, refs in job.datasets.items()
     }
@@ -40,7 +41,7 @@ def joined(job: PretrainJob, store: Path, data: DatasetVersion) -> DatasetVersio
     Raises `ValueError` where a class is a thing in one and stuff in another.
     """
     names = dict.fromkeys((ref.name, ref.version) for refs in job.datasets.values() for ref in refs)
-    others = [Catalog(store, name).open(version) for name, version in names]
+    others = [catalog_of(store, name).open(version) for name, version in names]
     versions = [data, *(other for other in others if other.id != data.id)]
     taxonomies = {f"{v.card.dataset}@{v.id}/{n}": t for v in versions for n, t in v.card.taxonomies.items()}
     if conflict := contradiction((v.card.dataset, t) for v in versions for t in v.card.taxonomies.values()):
@@ -87,7 +88,7 @@ def sources(job: PretrainJob, store: Path, data: DatasetVersion, stream: Stream)
     refs = job.datasets.get(stream)
     if not refs:
         return [Weighted(version=data, shards=_shards(job, data))]
-    opened = [(Catalog(store, ref.name).open(ref.version), ref.weight) for ref in refs]
+    opened = [(catalog_of(store, ref.name).open(ref.version), ref.weight) for ref in refs]
     return [Weighted(version=v, weight=weight, shards=_shards(job, v)) for v, weight in opened]
 
 
@@ -95,6 +96,5 @@ def _shards(job: PretrainJob, version: DatasetVersion) -> Shards | None:
     """By way of the cache, where the job names a folder for it."""
     if not job.train.cache:
         return None
-    remote, root = fs.FileSystem.from_uri(str(version.shards_root))
     limit_bytes = int(job.train.cache_gb * 2**30)
-    return CachedShards(remote, root, Path(job.train.cache), limit_bytes, version.manifest)
+    return CachedShards(version.source(), Path(job.train.cache), limit_bytes, version.manifest)

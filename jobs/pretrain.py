@@ -19,10 +19,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from jobs import cluster, console, evaluate, mixing
 from jobs.console import Outcome, Progress
 from jobs.journal import Follower, MetricRow
-from jobs.store import code_version, digest, read_json, write_json
+from jobs.store import catalog_of, code_version, digest, pull, push, read_json, write_json
 from jobs.tracking import ModelVersion, Tracker, connect
 from jobs.worker import Duty, Ending, MissingRank, work
-from pipelines.catalog import Catalog, DatasetVersion
+from pipelines.catalog import DatasetVersion
 from pipelines.stream import StreamError
 from schemas.jobs import PretrainJob
 from schemas.tasks import NEEDS
@@ -74,11 +74,12 @@ class Training:
         """`run.json` in the folder is how a later submission knows what to do."""
         said = {"mlflow_run": self.tracked, "dataset": self.dataset, "finished": finished}
         write_json(self.folder / "run.json", said)
+        push(self.folder / "run.json")
 
 
 def run(job: PretrainJob, store: Path, source: str) -> Outcome:
     """Train, evaluate, register. What can be refused is refused before anything starts."""
-    data = Catalog(store, job.dataset.name).open(job.dataset.version)
+    data = catalog_of(store, job.dataset.name).open(job.dataset.version)
     job = mixing.pinned(job, store)
     known = mixing.joined(job, store, data)
     _require_annotations(job, known)
@@ -146,7 +147,7 @@ def _folder(job: PretrainJob, store: Path, data: DatasetVersion) -> Path:
     learned = (job.model, train, job.registered_model, data.id, *mixed)
     name = f"{job.name}-{digest(*learned)[:8]}"
     number = 1
-    while read_json(store / "runs" / f"{name}-{number}" / "run.json").get("finished"):
+    while read_json(pull(store / "runs" / f"{name}-{number}" / "run.json")).get("finished"):
         number += 1
     if number > 1:
         log.info("%d run(s) with these settings and this data have finished before: a new one", number - 1)
@@ -180,10 +181,13 @@ def _fit(training: Training, duty: Duty, tracker: Tracker) -> None:
 
     def deliver(rows: Sequence[MetricRow]) -> None:
         tracker.log_metrics(training.tracked, rows)
+        push(duty.journal)
         for step in {row.step for row in rows if any(name.startswith("val/") for name in row.metrics)}:
             folder = duty.validation(step)
             tracker.log_files(training.tracked, folder / "pictures", f"validation/{folder.name}")
 
+    if not duty.journal.is_file():
+        pull(duty.journal)
     log.info("training: %d workers of %d CPUs", training.job.train.num_workers, duty.cpus)
     with Follower(duty.journal, show=show, deliver=deliver), stoppable(duty):
         try:

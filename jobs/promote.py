@@ -12,9 +12,9 @@ import numpy as np
 
 from jobs import cluster, evaluate
 from jobs.console import Outcome
-from jobs.store import promotion_lock
+from jobs.store import catalog_of, promotion_lock
 from jobs.tracking import ModelVersion, Tracker, connect
-from pipelines.catalog import Catalog, DatasetVersion
+from pipelines.catalog import DatasetVersion
 from schemas.jobs import PromoteConfig, PromoteJob, Rule
 from schemas.tasks import Task
 from xdecoder.inference.evaluator import Evaluation, Result
@@ -50,7 +50,7 @@ def run(job: PromoteJob, store: Path, source: str) -> Outcome:
             f"{source}: promote.rules is empty, so nothing could be decided; jobs/promote.yaml has some"
         )
     tracker = connect(store)
-    data = Catalog(store, job.dataset.name).open(job.dataset.version)
+    data = catalog_of(store, job.dataset.name).open(job.dataset.version)
     with promotion_lock(store, job.registered_model):
         candidate = tracker.version(job.registered_model, job.promote.candidate)
         champion = tracker.champion(job.registered_model)

@@ -11,10 +11,10 @@ from typing import Any
 
 from jobs import cluster, dispatch
 from jobs.console import Outcome
-from jobs.store import Busy, code_version, read_json, rebuild_lock, write_json
+from jobs.store import Busy, catalog_of, code_version, pull, push, read_json, rebuild_lock, write_json
 from pipelines import demo
 from pipelines.build import BuildReport, build
-from pipelines.catalog import BeingBuilt, Catalog
+from pipelines.catalog import BeingBuilt
 from schemas.jobs import AnyJob, RebuildJob, load
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def _build(job: RebuildJob, store: Path) -> BuildReport:
         return build(
             corpora,
             job.build,
-            Catalog(store, job.dataset),
+            catalog_of(store, job.dataset),
             code_version=code_version(),
             session=cluster.session,
         )
@@ -64,7 +64,7 @@ def _follow(
 ) -> Outcome:
     """Run what has not yet been run for this version. The first failure ends it, and names what is left."""
     state = store / "rebuilds" / f"{dataset}.json"
-    known = read_json(state)
+    known = read_json(pull(state))
     done: list[str] = known["done"] if known.get("version") == version else []
     tables: dict[str, list[dict[str, Any]]] = {}
     refused = False
@@ -83,4 +83,5 @@ def _follow(
         refused = refused or result.refused
         done = [*done, path.name]
         write_json(state, {"version": version, "done": done})
+        push(state)
     return Outcome(facts=outcome.facts | {"followed by": done}, tables=tables, refused=refused)

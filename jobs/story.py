@@ -12,9 +12,8 @@ from typing import Any
 from jobs import cluster, console, dispatch
 from jobs.console import Outcome
 from jobs.predict import Answer, Request, predict, write
-from jobs.store import write_json
+from jobs.store import catalog_of, write_json
 from jobs.tracking import connect
-from pipelines.catalog import Catalog
 from pipelines.stream import read_samples
 from schemas.jobs import PretrainJob, load
 from schemas.records import Sample
@@ -91,5 +90,5 @@ def _predictions(store: Path) -> list[Path]:
 
 def _samples(store: Path, job: PretrainJob, stream: Stream) -> list[Sample]:
     """The first held-out samples of a stream."""
-    data = Catalog(store, job.dataset.name).open(job.dataset.version)
+    data = catalog_of(store, job.dataset.name).open(job.dataset.version)
     return list(islice(read_samples(data, split="val", stream=stream), GALLERY))

@@ -33,6 +33,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  #
 from mlflow.types import ColSpec, Schema  # noqa: E402
 
 from jobs.journal import MetricRow  # noqa: E402
+from jobs.store import remote  # noqa: E402
 
 log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -291,6 +292,8 @@ def connect(store: Path) -> Tracker:
         tracker = Tracker(uri, artifacts=None)
     else:
         store.mkdir(parents=True, exist_ok=True)
+        if remote(store):
+            log.warning("runs and models stay on this machine; MLFLOW_TRACKING_URI names a server for all")
         tracker = Tracker(f"sqlite:///{store / 'mlflow.db'}", artifacts=(store / "mlartifacts").as_uri())
     try:
         tracker.reach()

@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 from jobs import console, journal, mixing
 from jobs.gauge import Gauge
-from pipelines.catalog import Catalog, DatasetVersion
+from jobs.store import catalog_of, remote
+from pipelines.catalog import DatasetVersion
 from schemas.jobs import PretrainJob, TrainConfig
 from schemas.tasks import Stream
 from xdecoder.prompts import Vocabulary
@@ -107,7 +108,8 @@ def work(duty: Duty) -> Ending:
         device=str(ray.train.torch.get_device()),
     )
     facts = {"job": duty.job.model_dump(mode="json"), "dataset": f"{duty.job.dataset.name}@{duty.version}"}
-    checkpoints = Checkpoints(duty.checkpoints, keep=duty.job.train.keep_checkpoints, facts=facts)
+    keep, there = duty.job.train.keep_checkpoints, remote(duty.checkpoints)
+    checkpoints = Checkpoints(duty.checkpoints, keep=keep, facts=facts, there=there)
     if checkpoints.restore(trainer) is None:
         checkpoints.save(trainer)  # something to go back to; and a store that cannot be written shows at once
     log.info("rank %d of %d goes on from step %d", trainer.rank, trainer.world_size, trainer.step)
@@ -133,7 +135,7 @@ def _keep_freed_memory() -> None:
 
 def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
     train = duty.job.train
-    data = Catalog(duty.store, duty.job.dataset.name).open(duty.version)
+    data = catalog_of(duty.store, duty.job.dataset.name).open(duty.version)
     streams = _streams(trainer, data, duty)
     gauge = Gauge(trainer, data)
     roll = dist.new_group(backend="gloo")

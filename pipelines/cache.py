@@ -15,21 +15,20 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import fs
 
+from pipelines.remote import Remote, RemoteError
 from pipelines.shards import file_sha256
 
 log = logging.getLogger(__name__)
 
 _OPEN_FILES = 32
-_CHUNK = 2**22  # bytes; chosen by us
 _TRIES = 2  # of a fetch whose bytes are wrong
 _PART = ".part"  # of a shard that is being fetched; its lock, too
 
@@ -42,7 +41,10 @@ class Shards(Protocol):
     """Where a stream reads its shards, from several threads; goes to loader processes."""
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        """`length` bytes of a shard, fewer where it ends. Raises `OSError`."""
+        """`length` bytes of a shard, fewer where it ends.
+
+        Raises `RemoteError` where the place cannot be reached, any other `OSError` where it is the shard.
+        """
 
     def mend(self, name: str) -> bool:
         """After bytes that are not those written: whether reading them again may give others."""
@@ -53,15 +55,10 @@ class LocalShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.__setstate__({})
+        self._open = _LastUsed()
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        file = self._open.get(name) or _File(self._descriptor(name))
-        with self._lock:
-            self._open[name] = file
-            self._open.move_to_end(name)
-            while len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
+        file: _File = self._open.get(name, lambda name: _File(self._descriptor(name)))
         return os.pread(file.descriptor, length, offset)
 
     def mend(self, name: str) -> bool:
@@ -69,14 +66,6 @@ class LocalShards:
 
     def _descriptor(self, name: str) -> int:
         return os.open(self.folder / name, os.O_RDONLY)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_open", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open: OrderedDict[str, _File] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -92,42 +81,77 @@ class _File:
         os.close(self.descriptor)
 
 
-class RemoteShards:
-    """Shards under `root` of a file system that is asked for the range of each sample."""
+class _LastUsed:
+    """A few open files, for the threads of this process: what another process gets is empty."""
 
-    def __init__(self, remote: fs.FileSystem, root: str) -> None:
-        self.remote, self.root = remote, root
+    def __init__(self) -> None:
+        self.files: OrderedDict[str, Any] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, name: str, opened: Callable[[str], Any]) -> Any:
+        file = self.files.get(name) or opened(name)
+        with self.lock:
+            self.files[name] = file
+            self.files.move_to_end(name)
+            while len(self.files) > _OPEN_FILES:
+                self.files.popitem(last=False)
+        return file
+
+    def __reduce__(self) -> Any:
+        return _LastUsed, ()
+
+
+class RemoteShards:
+    """Shards below a URI, asked for the range of each sample.
+
+    names    what a shard is called there, where it has another name
+    """
+
+    def __init__(self, remote: Remote, names: Mapping[str, str] | None = None) -> None:
+        self.remote, self.names = remote, dict(names or {})
+        self._open = _LastUsed()
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """All of a shard. Raises `OSError`."""
+        return self.remote.chunks(self.names.get(name, name))
+
+    def problem(self, name: str, digest: str) -> str:
+        """What is wrong with a shard that should have this SHA-256, or nothing."""
+        there = self.names.get(name, name)
+        try:
+            return "" if self.remote.sha256(there) == digest else f"{self}/{there}: its bytes changed"
+        except OSError as error:
+            return f"{self}/{there}: {error}"
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        with self.remote.open_input_file(f"{self.root}/{name}") as file:
+        there = self.names.get(name, name)
+        file = self._open.get(name, lambda _: self.remote.open(there))
+        with self.remote.explained("read", there):
             return bytes(file.read_at(length, offset))
 
     def mend(self, name: str) -> bool:
         return False
 
     def __str__(self) -> str:
-        return self.root
+        return str(self.remote)
 
 
 class CachedShards(LocalShards):
-    """Shards under `root` of a remote file system, by way of `folder`.
+    """Shards of `source` by way of `folder`.
 
     manifest      rows of schemas.records.MANIFEST: what size and hash each shard must have
     limit_bytes   the folder holds no more than this, what is being fetched included
     Raises `ValueError` where the largest shard does not fit.
     """
 
-    def __init__(
-        self, remote: fs.FileSystem, root: str, folder: Path, limit_bytes: int, manifest: pa.Table
-    ) -> None:
+    def __init__(self, source: RemoteShards, folder: Path, limit_bytes: int, manifest: pa.Table) -> None:
         super().__init__(folder)
         largest = pc.max(manifest["size_bytes"]).as_py() or 0
         if largest > limit_bytes:
             raise ValueError(
                 f"the cache may hold {limit_bytes} bytes, a shard has {largest}: raise train.cache_gb"
             )
-        self.remote, self.root = remote, root
-        self.limit_bytes, self.manifest = limit_bytes, manifest
+        self.source, self.limit_bytes, self.manifest = source, limit_bytes, manifest
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
 
@@ -153,7 +177,7 @@ class CachedShards(LocalShards):
             path.unlink()
         except FileNotFoundError:
             log.debug("%s is gone already", path)
-        self._open.pop(name, None)
+        self._open.files.pop(name, None)
         return True
 
     def _wanted(self, name: str) -> tuple[int, str]:
@@ -180,24 +204,26 @@ class CachedShards(LocalShards):
     def _fetch(self, name: str, part: Path) -> None:
         size, digest = self._wanted(name)
         self._reserve(part, size)
-        source = f"{self.root}/{name}"
+        source = f"{self.source}/{name}"
         try:
             for _ in range(_TRIES):
-                if (found := self._copy(source, part)) == digest:
+                if (found := self._copy(name, part)) == digest:
                     with _locked(self.folder / ".lock"):  # or one that counts meanwhile would see neither
                         part.rename(self.folder / name)
                     return
         except OSError as error:
             part.unlink(missing_ok=True)
+            if isinstance(error, RemoteError):
+                raise
             raise CacheError(f"{source} cannot be fetched: {error}") from None
         part.unlink(missing_ok=True)
         raise CacheError(f"{source} has the hash {found[:16]}.., {digest[:16]}.. was written")
 
-    def _copy(self, source: str, part: Path) -> str:
+    def _copy(self, name: str, part: Path) -> str:
         """Returns the hash of what was copied."""
         whole = hashlib.sha256()
-        with self.remote.open_input_stream(source) as incoming, part.open("r+b") as file:
-            while data := incoming.read(_CHUNK):
+        with part.open("r+b") as file:
+            for data in self.source.chunks(name):
                 whole.update(data)
                 file.write(data)
             file.truncate()
@@ -234,7 +260,7 @@ class CachedShards(LocalShards):
         return [path for path in self.folder.glob(f".*{_PART}") if _age_and_size(path)[1]]
 
     def __str__(self) -> str:
-        return self.root
+        return str(self.source)
 
 
 @contextmanager

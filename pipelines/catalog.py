@@ -10,16 +10,25 @@
 The id of a version is a digest of its content. A version appears in one rename, and the pointer moves last,
 so whatever kills a build leaves the previous version served. What goes into a version is decided in
 build.py.
+
+A catalog may be published at a URI: the same names below it, but `shards/<name>-<hash>.tar`, so that what is
+there is never written over. Then versions and pointer are those there, and the folder is where versions are
+built and where tables that were opened are kept. The lock and the leases are the folder's: two builds on two
+machines both publish whole versions, and the one that ends last is served.
 """
 
 import fcntl
 import hashlib
 import json
+import logging
+import math
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,13 +37,18 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.atomic import sweep, sync_folder, write_atomically
+from pipelines.cache import LocalShards, RemoteShards, Shards
 from pipelines.changes import Diff, compare
+from pipelines.remote import Remote
 from pipelines.shards import file_sha256
 from schemas.records import Record
 from schemas.taxonomy import Category, Taxonomy
 
+log = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"  # sha256 of the tables and of the card
+CARD = "dataset.json"  # a version whose card is there is whole
 _TABLES = ("manifest", "samples", "rejects")
+_UPLOADS = 8  # at a time; chosen by us
 _HASHES: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 _ROWS_AT_ONCE = 10_000  # as Python objects, for the digest; part of the id of every version
 
@@ -123,6 +137,7 @@ class DatasetVersion:
     """An opened version: its card, and tables of schemas.records.MANIFEST, SAMPLES (by key) and REJECTS.
 
     folder    of the card and the tables; `lease` keeps them from being pruned
+    remote    of the dataset, where it is published at a URI; its shards are read there
     """
 
     id: str
@@ -132,6 +147,7 @@ class DatasetVersion:
     rejects: pa.Table
     shards_root: Path
     folder: Path
+    remote: Remote | None = None
     lease: _Lease | None = field(default=None, repr=False, compare=False)
 
     def taxonomy(self, seen_only: bool = False) -> Taxonomy:
@@ -155,43 +171,52 @@ class DatasetVersion:
         """What it holds, by split and annotation."""
         return {split: counts.model_dump() for split, counts in self.card.counts.items()}
 
+    def source(self) -> RemoteShards:
+        """Its shards, to be read from several threads, hashed or fetched."""
+        if self.remote is None:
+            return RemoteShards(Remote.at(str(self.shards_root)))
+        return RemoteShards(self.remote / "shards", names_there(self.manifest))
+
+    def shards(self) -> Shards:
+        """Where samples are read, unless by way of a cache."""
+        return LocalShards(self.shards_root) if self.remote is None else self.source()
+
     def verify(self) -> int:
         """Read every byte of the version again. Returns how many of shards.
 
         Raises `CatalogError` that names every file that is missing or is not what was written.
         """
-        rows = self.manifest.to_pylist()
+        names, digests = (self.manifest[column].to_pylist() for column in ("shard", "sha256"))
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-            problems = [p for p in pool.map(self._problem, rows) if p]
-        problems += _damaged_files(self.folder)
+            problems = [p for p in pool.map(self.source().problem, names, digests) if p]
+        tables = Remote.at(str(self.folder.parent)) if self.remote is None else self.remote / "versions"
+        problems += _damaged_files(tables / self.id)
         if content_id(self.card, self.manifest, self.samples, self.rejects) != self.id:
             problems.append("the tables and the card are not those that were published")
         if problems:
             lines = "".join(f"\n  {problem}" for problem in problems)
-            raise CatalogError(
-                f"dataset {self.card.dataset!r} {self.id} is damaged; rebuild to repair the shards:{lines}"
-            )
-        return sum(row["size_bytes"] for row in rows)
-
-    def _problem(self, row: Mapping[str, str]) -> str:
-        path = self.shards_root / row["shard"]
-        try:
-            return "" if file_sha256(path) == row["sha256"] else f"{path}: its bytes changed"
-        except OSError as error:
-            return f"{path}: {error.strerror}"
+            remedy = "rebuild to repair the shards"
+            if self.remote is not None:
+                remedy = "delete these there and rebuild, which uploads what is missing"
+            raise CatalogError(f"dataset {self.card.dataset!r} {self.id} is damaged; {remedy}:{lines}")
+        return sum(self.manifest["size_bytes"].to_pylist())
 
 
 class Catalog:
-    """The versions of one dataset under a store."""
+    """The versions of one dataset under a store; `remote` is the dataset at a URI, if it is published."""
 
-    def __init__(self, store: Path, dataset: str) -> None:
-        self.dataset = dataset
+    def __init__(self, store: Path, dataset: str, remote: Remote | None = None) -> None:
+        self.dataset, self.remote = dataset, remote
         self.root = Path(store).absolute() / "datasets" / dataset
         self.shards_root = self.root / "shards"
         self.cache = self.root / "cache"
 
     def versions(self) -> tuple[str, ...]:
         """Ids, oldest first."""
+        if self.remote is not None:
+            there = self.remote.list("versions").items()
+            cards = [(file.mtime_ns, name.partition("/")[0]) for name, file in there if name.endswith(CARD)]
+            return tuple(version for _, version in sorted(cards))
         found = [p for p in (self.root / "versions").glob("*") if (p / "dataset.json").is_file()]
         return tuple(p.name for p in sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name)))
 
@@ -205,7 +230,7 @@ class Catalog:
         wanted = self.current() if version == "current" else version
         if wanted is None:
             raise CatalogError(
-                f"no dataset {self.dataset!r} in {self.root.parents[1]}; build it with: "
+                f"no dataset {self.dataset!r} in {self.remote or self.root.parents[1]}; build it with: "
                 f"python -m jobs jobs/rebuild.yaml dataset={self.dataset}"
             )
         if wanted not in self.versions():
@@ -213,6 +238,8 @@ class Catalog:
                 f"dataset {self.dataset!r} has no version {wanted!r}; it has {list(self.versions())}"
             )
         folder = self.root / "versions" / wanted
+        if self.remote is not None and not (folder / CARD).is_file():
+            self._fetch(self.remote / "versions" / wanted, folder)
         try:
             card = DatasetCard.model_validate_json((folder / "dataset.json").read_bytes())
             tables = {name: pq.read_table(folder / f"{name}.parquet") for name in _TABLES}
@@ -223,6 +250,7 @@ class Catalog:
             card=card,
             shards_root=self.shards_root,
             folder=folder,
+            remote=self.remote,
             lease=_Lease(folder / "dataset.json"),
             **tables,
         )
@@ -246,12 +274,60 @@ class Catalog:
             sync_folder(staging)
             staging.rename(folder)
             sync_folder(folder.parent)
-        self._point(card.version)
+        new_there = self.serve(card.version)
+        return new if self.remote is None else new_there
+
+    def serve(self, version: str) -> bool:
+        """Make a version that lies in the folder the current one, at the URI too, if it is published there.
+
+        Where it is, nothing is written. Returns whether it is new at the URI.
+        """
+        new = self.remote is not None and self._upload(version, self.remote)
+        self._point(version)
         return new
 
-    def serve(self, version: str) -> None:
-        """Make a version that is there the current one. Where it is, nothing is written."""
-        self._point(version)
+    def _upload(self, version: str, remote: Remote) -> bool:
+        """What is not there yet, the card last. Whatever ends it, the next one goes on. Returns whether the
+        version is new there.
+
+        Raises `RemoteError`, and `CatalogError` where a file of the folder is not what was written.
+        """
+        here = self.root / "versions" / version
+        manifest = pq.read_table(here / "manifest.parquet")
+        names, there = names_there(manifest), remote.list("shards")
+        sent = [
+            (self.shards_root / row["shard"], f"shards/{names[row['shard']]}", row["sha256"])
+            for row in manifest.to_pylist()
+            if (file := there.get(names[row["shard"]])) is None or file.size != row["size_bytes"]
+        ]
+        if sent:
+            log.info("%d of %d shards are not yet at %s", len(sent), len(names), remote)
+        pool = ThreadPoolExecutor(max_workers=_UPLOADS)
+        try:
+            for _ in pool.map(partial(_send, remote), sent):
+                pass
+        finally:  # what was not begun need not begin where one has failed
+            pool.shutdown(cancel_futures=True)
+        hashes = _HASHES.validate_json((here / CHECKSUMS).read_bytes())
+        hashes[CHECKSUMS] = file_sha256(here / CHECKSUMS)
+        tables = remote.list(f"versions/{version}")
+        for name in sorted(hashes, key=lambda name: name == CARD) if hashes.keys() - tables else ():
+            _send(remote, (here / name, f"versions/{version}/{name}", hashes[name]))
+        return CARD not in tables
+
+    def _fetch(self, there: Remote, folder: Path) -> None:
+        """A version's tables and card, whole; several processes may do so at a time."""
+        staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+        staging.mkdir(parents=True)
+        try:
+            for name in there.list():
+                there.download(name, staging / name)
+            if problems := _damaged_files(Remote.at(str(staging))):
+                raise CatalogError(f"{there} is damaged; roll back, or rebuild: {'; '.join(problems)}")
+            with suppress(OSError):  # another process was first
+                staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
     def files(self, version: str) -> list[Path]:
         """What a version consists of, beside its shards."""
@@ -287,24 +363,34 @@ class Catalog:
             why |= {pointer.previous: "rollback leads to it"} if pointer.previous else {}
             why[pointer.version] = "it is served"
         why |= {version: reason for version, reason in needed.items() if version in versions}
-        why |= {v: "a process has it open" for v in versions if v not in why and _in_use(folder / v)}
+        opened = [v for v in versions if (folder / v).is_dir() and v not in why and _in_use(folder / v)]
+        why |= dict.fromkeys(opened, "a process has it open")
         return tuple(Pruned(version=version, kept_because=why.get(version, "")) for version in versions)
 
-    def prune(self, needed: Mapping[str, str], keep: int) -> int:
+    def prune(self, needed: Mapping[str, str], keep: int, before: float = math.inf) -> int:
         """Remove the versions that nothing needs, and all shards that no version holds. Returns bytes freed.
 
+        before    at a URI shards go only if they are older (seconds since the epoch): another machine may
+                  be publishing those that no version holds yet
         Raises `CatalogError` where a build runs, or a version that stays cannot be read.
         """
         with self.building():
             unneeded = [row.version for row in self.prunable(needed, keep) if not row.kept_because]
             for version in unneeded:
                 self._remove(version)
-            kept = [self.open(version) for version in self.versions()]
-            return self._remove_shards({name for v in kept for name in v.manifest["shard"].to_pylist()})
+            manifests = [self.open(version).manifest for version in self.versions()]
+            freed = self._remove_shards({n for m in manifests for n in m["shard"].to_pylist()})
+            return freed if self.remote is None else _remove_there(self.remote / "shards", manifests, before)
 
     def _remove(self, version: str) -> None:
         """Out of sight first: a version is whole or absent; and back where somebody has just opened it."""
         folder = self.root / "versions" / version
+        if self.remote is not None:
+            there = self.remote / "versions" / version
+            for name in sorted(there.list(), key=lambda name: name != CARD):
+                there.delete(name)
+            shutil.rmtree(folder, ignore_errors=True)
+            return
         hidden = folder.with_name(f".{version}.tmp")
         folder.rename(hidden)
         if _in_use(hidden):
@@ -351,9 +437,10 @@ class Catalog:
             shutil.rmtree(work, ignore_errors=True)
 
     def _pointer(self) -> Pointer | None:
-        path = self.root / "current.json"
+        path: Any = f"{self.remote}/current.json" if self.remote else self.root / "current.json"
         try:
-            return Pointer.model_validate_json(path.read_bytes())
+            data = self.remote.read("current.json") if self.remote else path.read_bytes()
+            return Pointer.model_validate_json(data)
         except FileNotFoundError:
             return None
         except ValidationError as error:
@@ -365,7 +452,11 @@ class Catalog:
         pointer = self._pointer()
         if pointer is None or pointer.version != version:
             moved = Pointer(version=version, previous=pointer.version if pointer else None)
-            write_atomically(self.root / "current.json", moved.model_dump_json().encode())
+            data = moved.model_dump_json().encode()
+            if self.remote is not None:
+                self.remote.write("current.json", data)
+            else:
+                write_atomically(self.root / "current.json", data)
 
 
 def _in_use(folder: Path) -> bool:
@@ -378,20 +469,43 @@ def _in_use(folder: Path) -> bool:
     return False
 
 
-def _damaged_files(folder: Path) -> list[str]:
+def _damaged_files(folder: Remote) -> list[str]:
     """The tables and the card, byte by byte against the list that was written beside them."""
     try:
-        hashes = _HASHES.validate_json((folder / CHECKSUMS).read_bytes())
+        hashes = _HASHES.validate_json(folder.read(CHECKSUMS))
     except (OSError, ValidationError):
-        return [f"{folder / CHECKSUMS}: missing or damaged"]
-    names = {path.name for path in folder.iterdir()} - {CHECKSUMS}
-    problems = [f"{folder / name}: not one of the files that were written" for name in names - hashes.keys()]
+        return [f"{folder}/{CHECKSUMS}: missing or damaged"]
+    names = set(folder.list()) - {CHECKSUMS}
+    problems = [f"{folder}/{name}: not one of the files that were written" for name in names - hashes.keys()]
     for name, expected in hashes.items():
         if name not in names:
-            problems.append(f"{folder / name}: missing")
-        elif file_sha256(folder / name) != expected:
-            problems.append(f"{folder / name}: its bytes changed")
+            problems.append(f"{folder}/{name}: missing")
+        elif folder.sha256(name) != expected:
+            problems.append(f"{folder}/{name}: its bytes changed")
     return sorted(problems)
+
+
+def names_there(manifest: pa.Table) -> dict[str, str]:
+    """What each shard is called at a URI: the same samples may have other bytes, with another PNG encoder."""
+    rows = zip(manifest["shard"].to_pylist(), manifest["sha256"].to_pylist(), strict=True)
+    return {shard: f"{shard.removesuffix('.tar')}-{digest[:16]}.tar" for shard, digest in rows}
+
+
+def _send(remote: Remote, file: tuple[Path, str, str]) -> None:
+    path, name, digest = file
+    if remote.upload(path, name) != digest:
+        remote.delete(name)
+        raise CatalogError(f"{path} is not what was written; rebuild to repair it")
+
+
+def _remove_there(shards: Remote, manifests: Sequence[pa.Table], before: float) -> int:
+    wanted = {name for manifest in manifests for name in names_there(manifest).values()}
+    freed = 0
+    for name, file in shards.list().items():
+        if name not in wanted and file.mtime_ns < before * 1e9:
+            shards.delete(name)
+            freed += file.size
+    return freed
 
 
 def content_id(card: DatasetCard, manifest: pa.Table, samples: pa.Table, rejects: pa.Table) -> str:

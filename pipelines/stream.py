@@ -25,10 +25,11 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from pipelines.cache import LocalShards, Shards
+from pipelines.cache import Shards
 from pipelines.catalog import DatasetVersion
 from pipelines.order import Mixture, Order, dataset_seed, rank_slice, sample_seed
 from pipelines.pixels import PHOTOGRAPHS, PixelsError, upright
+from pipelines.remote import RemoteError
 from pipelines.shards import ShardError, parse
 from schemas.masks import Array
 from schemas.records import Sample, Split
@@ -120,7 +121,7 @@ def read_samples(
     samples than announced is wrong.
     """
     rows = _members(version, split, stream).sort_by("key")
-    return _read_all(_Index(rows.slice(0, limit or None), LocalShards(version.shards_root)))
+    return _read_all(_Index(rows.slice(0, limit or None), version.shards()))
 
 
 def decode(data: bytes) -> Sample:
@@ -192,7 +193,9 @@ class _Index:
         self.sizes: tuple[int, ...] = tuple(np.bincount(self.shard_of, minlength=len(self.shards)).tolist())
 
     def sample(self, index: int) -> Sample:
-        """Raises `ShardError` that names the sample and its place, where its bytes are not those written."""
+        """Raises `ShardError` that names the sample and its place, where its bytes are not those written, and
+        `RemoteError`.
+        """
         shard, offset = self.shards[self.shard_of[index]], int(self.offsets[index])
         try:
             try:
@@ -202,6 +205,8 @@ class _Index:
                     raise
                 data = self._read(index)
             return decode(data)
+        except RemoteError:  # a network that is away must not cost samples
+            raise
         except (OSError, ShardError) as error:
             where = f"sample {self.keys[index].as_py()} at byte {offset} of {self.files}/{shard}"
             raise ShardError(f"{where}: {error}") from None
@@ -234,7 +239,7 @@ def _holdings(version: DatasetVersion) -> str:
 
 def _training_index(one: Weighted, stream: Stream) -> _Index:
     rows = _members(one.version, "train", stream)
-    files = one.shards or LocalShards(one.version.shards_root)
+    files = one.shards or one.version.shards()
     return _Index(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]), files)
 
 

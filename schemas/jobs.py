@@ -689,7 +689,11 @@ class PromoteConfig(Settings):
 class Job(Settings):
     """What all job files share. A relative store is relative to the working directory."""
 
-    store: str = Field(default="store", description="XDECODER_STORE overrides it")
+    store: str = Field(
+        default="store",
+        description="a folder, or a URI such as s3://bucket/prefix where datasets and checkpoints lie; "
+        "XDECODER_STORE overrides it",
+    )
 
 
 class ScheduleConfig(Settings):

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 # a local `ray.init()` otherwise leaves a token behind that breaks the next `ray job submit`
 os.environ["RAY_AUTH_MODE"] = "disabled"
+# whom the object store of test_remote.py is asked for, also by processes of Ray that another test started
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 import pytest
 

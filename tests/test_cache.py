@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from pyarrow import fs
 
 from pipelines.cache import CachedShards, CacheError, RemoteShards
+from pipelines.remote import Remote
 from schemas.records import MANIFEST
 
 SIZE = 1000
@@ -36,12 +36,12 @@ def manifest(remote: Path) -> pa.Table:
 
 def cached(remote: Path, shards: int = 3) -> CachedShards:
     folder = remote.parent / "cache"
-    return CachedShards(fs.LocalFileSystem(), str(remote), folder, shards * SIZE, manifest(remote))
+    return CachedShards(RemoteShards(Remote.at(str(remote))), folder, shards * SIZE, manifest(remote))
 
 
 def content(shards: CachedShards, name: str) -> bytes:
     """As another process would read it."""
-    return copy.copy(shards).read(name, 0, 2 * SIZE)
+    return copy.deepcopy(shards).read(name, 0, 2 * SIZE)
 
 
 def kept(shards: CachedShards) -> set[str]:
@@ -87,7 +87,7 @@ def test_damage_on_this_disk_is_mended_and_other_damage_is_not(remote: Path) -> 
 
 
 def test_a_range_is_read_where_it_lies(remote: Path) -> None:
-    shards = RemoteShards(fs.LocalFileSystem(), str(remote))
+    shards = RemoteShards(Remote.at(str(remote)))
     assert shards.read(NAMES[3], SIZE - 2, 5) == bytes([3]) * 2
     with pytest.raises(FileNotFoundError):
         shards.read("absent.tar", 0, 1)

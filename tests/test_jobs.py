@@ -175,9 +175,20 @@ def test_an_uploaded_working_directory_is_no_place_for_a_store(
     assert store.resolve(str(tmp_path / "kept")) == tmp_path / "kept"
 
 
-def test_a_store_that_is_no_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDECODER_STORE", "s3://bucket/store")
-    with pytest.raises(ValueError, match="give a folder"):
+def test_the_folder_of_a_store_at_a_uri_knows_the_other_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDECODER_WORK", str(tmp_path / "work"))
+    monkeypatch.setenv("XDECODER_STORE", f"file://{tmp_path}/far,%20away/")
+    folder = store.resolve("store")
+    assert folder.parent == tmp_path / "work"
+    for path, there in ((folder, ""), (folder / "runs" / "a-1", "/runs/a-1")):
+        assert store.remote(path).root == f"{tmp_path}/far, away{there}"  # type: ignore[union-attr]
+    assert store.remote(tmp_path / "a, b" / "runs") is None
+    monkeypatch.setenv("XDECODER_STORE", str(folder))
+    assert store.resolve("store") == folder
+    monkeypatch.setenv("XDECODER_STORE", "s3://key:secret@bucket/store")
+    with pytest.raises(ValueError, match="holds no key"):
         store.resolve("store")
 
 

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from PIL import Image
-from pyarrow import fs
 
 from pipelines.cache import CachedShards, Shards
 from pipelines.catalog import DatasetVersion
@@ -260,8 +259,8 @@ def test_datasets_are_mixed_by_weight_and_each_keeps_its_epochs(demo_dataset: Da
 
 
 def test_shards_come_by_way_of_a_cache_that_mends_itself(damaged: DatasetVersion, tmp_path: Path) -> None:
-    root, largest = damaged.shards_root, max(damaged.manifest["size_bytes"].to_pylist())
-    cached = CachedShards(fs.LocalFileSystem(), str(root), tmp_path / "cache", 2 * largest, damaged.manifest)
+    largest = max(damaged.manifest["size_bytes"].to_pylist())
+    cached = CachedShards(damaged.source(), tmp_path / "cache", 2 * largest, damaged.manifest)
     whole = list(islice(streamed(damaged), 12))
     assert list(islice(streamed(damaged, shards=cached, workers=2), 12)) == whole
     assert list(islice(streamed(damaged, shards=cached), 6)) == whole[:6]

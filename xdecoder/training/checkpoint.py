@@ -3,6 +3,9 @@
 A run's folder holds `step-00000400`, `step-00000800` ...; in each, a file a rank and `checkpoint.json`, which
 has their SHA-256. Such a folder takes its name when all of it is written. Under DDP rank 0's file holds the
 weights, under FSDP2 each rank's its share of them; either is read on any number of ranks.
+
+Where the run's checkpoints lie elsewhere (`Files`), each rank sends its file there and rank 0 the manifest
+last; the folder then holds only what is on its way.
 """
 
 import hashlib
@@ -13,9 +16,9 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,7 +32,25 @@ from xdecoder.training import parallel
 from xdecoder.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 STATE, MANIFEST = "rank{rank}.pt", "checkpoint.json"
+
+
+class Files(Protocol):
+    """Files that lie elsewhere, by names with slashes; `pipelines.remote.Remote` is one such place.
+
+    upload, download    return the SHA-256 of what passed
+    """
+
+    def upload(self, path: Path, name: str) -> str: ...
+
+    def download(self, name: str, path: Path) -> str: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def list(self) -> Collection[str]: ...
+
+    def delete(self, name: str) -> None: ...
 
 
 class CheckpointError(RuntimeError):
@@ -41,10 +62,13 @@ class Checkpoints:
 
     keep    so many newest stay, and the one with the best metric
     facts   stands in each manifest: the resolved job, the dataset version
+    there   where they lie, if not in the folder
     """
 
-    def __init__(self, folder: Path, *, keep: int, facts: Mapping[str, Any]) -> None:
-        self.folder, self.keep, self.facts = folder, keep, dict(facts)
+    def __init__(
+        self, folder: Path, *, keep: int, facts: Mapping[str, Any], there: Files | None = None
+    ) -> None:
+        self.folder, self.keep, self.facts, self.there = folder, keep, dict(facts), there
         # of its own, because it is used from a thread, beside the training's
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -59,10 +83,10 @@ class Checkpoints:
         Raises `CheckpointError` where the two before failed; after one, the training goes on.
         """
         self.wait()
-        facts = {"step": trainer.step, "ranks": trainer.world_size, "metric": metric, **self.facts}
-        self.thread = threading.Thread(
-            target=self._run, args=(_state(trainer), facts), name="checkpoint", daemon=True
-        )
+        state = _state(trainer)
+        facts = {"step": trainer.step, "ranks": trainer.world_size, "shares": state["shares"]}
+        facts |= {"metric": metric, **self.facts}
+        self.thread = threading.Thread(target=self._run, args=(state, facts), name="checkpoint", daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
@@ -72,8 +96,9 @@ class Checkpoints:
             self.thread = None
         if self.failed > 1:
             self.failed = 0
+            where = self.there or self.folder
             raise CheckpointError(
-                f"checkpoints could not be written to {self.folder} twice in a row: {self.error}; "
+                f"checkpoints could not be written to {where} twice in a row: {self.error}; "
                 "the run keeps those before them"
             )
 
@@ -84,10 +109,30 @@ class Checkpoints:
         if self.rank == 0:
             for leftover in self.folder.glob(".step-*"):
                 shutil.rmtree(leftover)
+        if self.there is not None:
+            return self._restore_from(self.there, trainer)
         found = self._exchange(newest(self.folder) if self.rank == 0 else None)[0]
         if found is not None:
             restore(trainer, found)
         return found
+
+    def _restore_from(self, there: Files, trainer: Trainer) -> Path | None:
+        names = self._exchange(self._attempt(_all_there, there) if self.rank == 0 else None)[0]
+        if isinstance(names, Exception):
+            raise names
+        for name in reversed(names):
+            folder = self.folder / f".{name}.{self.rank}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                faults = self._exchange(self._attempt(_bring, there, name, self.rank, folder))
+                if not any(faults):
+                    restore(trainer, folder)
+                    return self.folder / name
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            log.warning("checkpoint %s/%s is damaged (%s): going back to the one before", there, name, faults)
+        return None
 
     def _run(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """The thread. What goes wrong in it is raised by the next `wait`."""
@@ -100,7 +145,7 @@ class Checkpoints:
         """All ranks come to the same end."""
         name = f"step-{facts['step']:08d}"
         unfinished = self.folder / f".{name}"
-        mine = self._attempt(_write_part, state, unfinished, self.rank)
+        mine = self._attempt(self._keep_part, state, unfinished)
         every = self._exchange(mine)
         if self.rank == 0 and not any(isinstance(part, Exception) for part in every):
             files = {STATE.format(rank=rank): part for rank, part in enumerate(every)}
@@ -110,8 +155,16 @@ class Checkpoints:
         if errors:
             self.error = errors[0]
             log.warning("no checkpoint at step %d, the training goes on: %s", facts["step"], self.error)
-            if self.rank == 0:
-                shutil.rmtree(unfinished, ignore_errors=True)
+        if self.there is not None or (errors and self.rank == 0):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _keep_part(self, state: dict[str, Any], unfinished: Path) -> str:
+        digest, name = _write_part(state, unfinished, self.rank), STATE.format(rank=self.rank)
+        if self.there is not None:
+            sent = self.there.upload(unfinished / name, f"{unfinished.name[1:]}/{name}")
+            if sent != digest:
+                raise OSError(f"{unfinished / name} changed while it was sent to {self.there}")
+        return digest
 
     def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
         """What it returns, or why it could not: a full disk, a share that is away."""
@@ -133,6 +186,10 @@ class Checkpoints:
             json.dump(facts, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        if self.there is not None:
+            self.there.upload(unfinished / MANIFEST, f"{name}/{MANIFEST}")
+            self._thin_out_there(self.there)
+            return
         shutil.rmtree(self.folder / name, ignore_errors=True)  # a damaged one, which is made again
         _sync(unfinished)
         unfinished.rename(self.folder / name)
@@ -140,12 +197,22 @@ class Checkpoints:
         self._thin_out()
 
     def _thin_out(self) -> None:
-        kept = _all(self.folder)
-        scores = {path: metric for path in kept if (metric := _metric(path)) is not None}
-        best = max(scores, key=lambda path: scores[path], default=None)
-        for path in kept[: -self.keep]:
-            if path != best:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self._superfluous({path: _metric(path) for path in _all(self.folder)}):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _thin_out_there(self, there: Files) -> None:
+        """What never got its manifest, too."""
+        metrics = {name: _manifest_there(there, name)["metric"] for name in _all_there(there)}
+        kept = metrics.keys() - self._superfluous(metrics)
+        for name in sorted(there.list(), key=lambda name: not name.endswith(MANIFEST)):
+            if name.partition("/")[0] not in kept:
+                there.delete(name)
+
+    def _superfluous(self, metrics: Mapping[T, float | None]) -> set[T]:
+        """Of all checkpoints, oldest first."""
+        scores = {which: metric for which, metric in metrics.items() if metric is not None}
+        best = max(scores, key=lambda which: scores[which], default=None)
+        return set(list(metrics)[: -self.keep]) - {best}
 
 
 def newest(folder: Path) -> Path | None:
@@ -340,6 +407,24 @@ def _sync(folder: Path) -> None:
 def _all(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(folder.glob("step-*"))
+
+
+def _all_there(there: Files) -> list[str]:
+    """Names, oldest first."""
+    return sorted(name.partition("/")[0] for name in there.list() if name.endswith(f"/{MANIFEST}"))
+
+
+def _manifest_there(there: Files, name: str) -> dict[str, Any]:
+    return dict(json.loads(there.read(f"{name}/{MANIFEST}")))
+
+
+def _bring(there: Files, name: str, rank: int, folder: Path) -> None:
+    """What a rank needs of a checkpoint. Raises where it is not what was written."""
+    manifest, own = _manifest_there(there, name), STATE.format(rank=rank)
+    needed = {STATE.format(rank=0), own} if manifest["shares"] == 1 else set(manifest["files"])
+    for file in needed & manifest["files"].keys():
+        if there.download(f"{name}/{file}", folder / file) != manifest["files"][file]:
+            raise OSError(f"not what was written: {file}")
 
 
 def _manifest(path: Path) -> dict[str, Any]:
