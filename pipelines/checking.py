@@ -48,14 +48,14 @@ def check(order: CheckOrder) -> CheckReport:
     with appearing(maps, durable=False) as file:
         for corpus, rule, document in _documents(work, order.prefix):
             row = rows.row(corpus, rule, document)
-            ids = [known.ask(*wanted) for wanted in files_of(row)][-1]
+            runs = [known.ask(*wanted) for wanted in files_of(row)][-1]
             judged = judge(row, known.files)
             if isinstance(judged, Reject):
                 refused.append(judged.model_dump())
                 continue
             place = ""
-            if ids is not None:  # made now: decoding the label map again would cost more than all else
-                data = labels.index_map(ids, [segment.id for segment in judged])
+            if runs is not None:  # made now: decoding the label map again would cost more than all else
+                data = labels.index_map(runs, [segment.id for segment in judged])
                 place = places.member(str(maps.absolute()), file.tell(), len(data))
                 file.write(data)
             checked.append(decided_by(corpus, rule, row, document, known.files) | {"index_map": place})

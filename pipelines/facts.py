@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipelines import labels, places
 from pipelines.atomic import appearing
 from pipelines.inspection import FACTS, Facts, facts_by_file, inspect, rows_of
-from schemas.masks import Array
+from pipelines.labels import Runs
 
 _CACHED = FACTS.append(pa.field("stamp", pa.list_(pa.int64())))
 Files = Mapping[tuple[str, str], Facts]  # by ("image" or "labels", place)
@@ -60,17 +60,17 @@ class Known:
         self._cached = _cached(folder, prefix)
         self._stamps: dict[tuple[str, str], tuple[int, ...]] = {}
 
-    def ask(self, kind: str, place: str) -> Array | None:
-        """Have a file in `files`. The ids of a label map that is decoded for it, int64[H, W]."""
+    def ask(self, kind: str, place: str) -> Runs | None:
+        """Have a file in `files`; the pixels of a label map that is decoded for it."""
         if (kind, place) in self.files:
             return None
-        now, ids = _stamp(kind, place), None
+        now, runs = _stamp(kind, place), None
         then, facts = self._cached.get((kind, place), ((), None))
         if facts is None or not now or then != now:
-            facts, ids = inspect(kind, place, self._max_pixels)
+            facts, runs = inspect(kind, place, self._max_pixels)
             self.num_inspected += 1
         self.files[kind, place], self._stamps[kind, place] = facts, now
-        return ids
+        return runs
 
     def save(self) -> None:
         """Remember what was asked for, and forget the rest. Raises `OSError`."""

@@ -15,9 +15,8 @@ from PIL import Image
 
 from pipelines import labels, places
 from pipelines.duplicates import SIDE, hashes, is_flat, thumbnail
-from pipelines.labels import LabelError, Region
+from pipelines.labels import LabelError, Region, Runs
 from pipelines.pixels import PHOTOGRAPHS, PixelsError, decode, upright
-from schemas.masks import Array
 
 # One row a file. `fault` is empty where it is good; `regions` holds id, area, x, y, width, height of each id.
 # `thumbnail` and `hash` are those of duplicates.py; empty and 0 of labels and of images that are all flat.
@@ -76,10 +75,10 @@ def facts_by_file(table: pa.Table) -> dict[tuple[str, str], Facts]:
     return found
 
 
-def inspect(kind: str, path: str, max_pixels: int) -> tuple[Facts, Array | None]:
+def inspect(kind: str, path: str, max_pixels: int) -> tuple[Facts, Runs | None]:
     """Hash what lies at a place (places.py; of "labels" a label place) and decode it to the last row.
 
-    Beside the facts stand the ids of a good label map, int64[H, W].
+    Beside the facts stand the pixels of a good label map.
     """
     try:
         return _labels(path, max_pixels) if kind == "labels" else (_image(path, max_pixels), None)
@@ -89,13 +88,13 @@ def inspect(kind: str, path: str, max_pixels: int) -> tuple[Facts, Array | None]
         return _faulty("unreadable", path, f"{type(error).__name__}: {error}"), None
 
 
-def _labels(path: str, max_pixels: int) -> tuple[Facts, Array]:
+def _labels(path: str, max_pixels: int) -> tuple[Facts, Runs]:
     found = labels.read(path, max_pixels)
-    (height, width), regions = found.ids.shape, labels.regions_of(found.ids)
+    (height, width), regions = found.runs.shape, labels.regions_of(found.runs)
     facts = Facts(
         sha256=found.sha256, size_bytes=found.size_bytes, height=height, width=width, regions=regions
     )
-    return facts, found.ids
+    return facts, found.runs
 
 
 def _image(path: str, max_pixels: int) -> Facts:

@@ -155,15 +155,15 @@ def _index_map(entry: Entry) -> bytes:
         return places.read(entry.index_map)
     meta, segments = entry.meta, entry.meta.segments or ()
     try:
-        ids = labels.read(str(entry.labels_path), meta.height * meta.width).ids
+        runs = labels.read(str(entry.labels_path), meta.height * meta.width).runs
     except LabelError as error:
         raise ShardError(f"{entry.labels_path:.200}: {error.detail}") from None
-    found = labels.regions_of(ids)
+    found = labels.regions_of(runs)
     if any(s.id not in found or found[s.id].area != s.area for s in segments):
         raise ShardError(
             f"{entry.labels_path:.200} changed during the build; run it again when the corpus is at rest"
         )
-    return labels.index_map(ids, [segment.id for segment in segments])
+    return labels.index_map(runs, [segment.id for segment in segments])
 
 
 def _tar_member(name: str, data: bytes) -> bytes:
