@@ -8,13 +8,15 @@ from typing import Any
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from pipelines import labels, places
+from pipelines.atomic import appearing
 from pipelines.corpora.rows import Row
-from pipelines.curate import files_of, refusal, sample_key
-from pipelines.facts import Files, facts_of
+from pipelines.curate import files_of, judge, sample_key
+from pipelines.facts import Files, Known
 from pipelines.inspection import Facts
 from pipelines.reading import Rows
 from pipelines.spool import CHECKED, hash64, mapped, save, within
-from schemas.records import REJECTS, Record
+from schemas.records import REJECTS, Record, Reject
 
 FACTS_OF_ROW: TypeAdapter[list[tuple[str, str, Facts]]] = TypeAdapter(list[tuple[str, str, Facts]])
 
@@ -30,32 +32,38 @@ class CheckOrder(Record):
 
 
 class CheckReport(Record):
-    """`checked-<part>.arrow` and `refused-<part>.arrow` are written."""
+    """`checked-<part>.arrow`, `refused-<part>.arrow` and `maps-<part>.bin`, index maps, are written."""
 
     part: int
     num_rows: int
-    num_files: int
     num_inspected: int
 
 
 def check(order: CheckOrder) -> CheckReport:
     """Rows of a part -> checked rows and rejects, on disk. Raises `OSError` where they cannot be written."""
     work = Path(order.work)
-    documents, rows = list(_documents(work, order.prefix)), Rows(work)
-    found = [rows.row(*document) for document in documents]
-    wanted = dict.fromkeys(file for row in found for file in files_of(row))
-    files, num_inspected = facts_of(wanted, Path(order.facts), order.prefix, order.max_pixels)
+    rows, known = Rows(work), Known(Path(order.facts), order.prefix, order.max_pixels)
     checked, refused = [], []
-    for (corpus, rule, document), row in zip(documents, found, strict=True):
-        reject = refusal(row, files)
-        if reject is None:
-            checked.append(decided_by(corpus, rule, row, document, files))
-        else:
-            refused.append(reject.model_dump())
+    maps = work / f"maps-{order.part:04d}.bin"
+    with appearing(maps, durable=False) as file:
+        for corpus, rule, document in _documents(work, order.prefix):
+            row = rows.row(corpus, rule, document)
+            runs = [known.ask(*wanted) for wanted in files_of(row)][-1]
+            judged = judge(row, known.files)
+            if isinstance(judged, Reject):
+                refused.append(judged.model_dump())
+                continue
+            place = ""
+            if runs is not None:  # made now: decoding the label map again would cost more than all else
+                data = labels.index_map(runs, [segment.id for segment in judged])
+                place = places.member(str(maps.absolute()), file.tell(), len(data))
+                file.write(data)
+            checked.append(decided_by(corpus, rule, row, document, known.files) | {"index_map": place})
+    known.save()
     save(work / f"checked-{order.part:04d}.arrow", pa.Table.from_pylist(checked, schema=CHECKED))
     save(work / f"refused-{order.part:04d}.arrow", pa.Table.from_pylist(refused, schema=REJECTS))
     return CheckReport(
-        part=order.part, num_rows=len(found), num_files=len(files), num_inspected=num_inspected
+        part=order.part, num_rows=len(checked) + len(refused), num_inspected=known.num_inspected
     )
 
 
@@ -75,7 +83,7 @@ def _documents(work: Path, prefix: str) -> Iterator[tuple[int, int, bytes]]:
 
 
 def decided_by(corpus: int, rule: int, row: Row, document: bytes, files: Files) -> dict[str, Any]:
-    """A row of CHECKED."""
+    """A row of CHECKED, less its index map."""
     image = files["image", row.image_path]
     sha256 = image.sha256
     told = [(*file, replace(files[file], thumbnail=b"")) for file in files_of(row)]

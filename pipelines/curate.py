@@ -34,8 +34,8 @@ def files_of(row: Row) -> tuple[tuple[str, str], ...]:
     return (image,) if row.labels_path is None else (image, ("labels", row.labels_path))
 
 
-def refusal(row: Row, files: Files) -> Reject | None:
-    """Why the row cannot be used; None where it can."""
+def judge(row: Row, files: Files) -> tuple[Segment, ...] | Reject:
+    """Its segments, none where it has no label map; or why the row cannot be used."""
     try:
         _check_image(row, files["image", row.image_path])
         segments = _segments(row, files)
@@ -43,7 +43,7 @@ def refusal(row: Row, files: Files) -> Reject | None:
             raise _Refused("unannotated", "nothing is said about this image")
     except _Refused as refused:
         return reject(row, refused.reason, refused.detail)
-    return None
+    return segments
 
 
 def sample_key(corpus: str, image_id: str) -> str:
@@ -107,7 +107,7 @@ def _check_listed(row: Row, listed: set[int], labels: Facts) -> None:
         raise _Refused("segments", f"{_short(row)}: ids not listed {unlisted}, ids without pixels {absent}")
 
 
-def entry(key: str, group: Sequence[Row], files: Files) -> Entry:
+def entry(key: str, group: Sequence[Row], files: Files, index_map: str = "") -> Entry:
     """The sample of all rows of one image, of one split; at most one of them has segments."""
     first, image = group[0], files["image", group[0].image_path]
     labelled = next((row for row in group if row.labels_path is not None), None)
@@ -131,6 +131,7 @@ def entry(key: str, group: Sequence[Row], files: Files) -> Entry:
         labels_path=labelled.labels_path if labelled else None,
         labels_sha256=labels.sha256 if labels else "",
         size_bytes=image.size_bytes + (labels.size_bytes if labels else 0),
+        index_map=index_map,
     )
 
 

@@ -40,6 +40,7 @@ _BANDS, _BAND_BITS = 3, 21
 _CHUNK = 1 << 15  # hashes looked up at a time: 6 MB of probes a band
 _PAIRS = 1 << 20  # candidates compared at a time
 _VERIFIED = 256  # thumbnails aligned at a time: 20 MB
+_AT_FIRST = 2.0  # how much more colours may differ before pictures are aligned, which costs 20x as much
 
 
 class Thumbnails(Protocol):
@@ -269,12 +270,19 @@ def verify(thumbnails: Thumbnails, one: Array, two: Array, mirrored: Array, maps
         flip, place = mirrored[part], maps[part].copy()
         place[flip, 1] = 1 - place[flip, 1] - place[flip, 0]
         first, second = thumbnails[one[part]], thumbnails[two[part]]
-        grey = _smooth(_brightness(first)), _mirrored(_smooth(_brightness(second)), flip)
-        for _ in range(4):
-            place = place + _correction(*grey, place)
-        colour = _colour(first), _mirrored(_colour(second), flip)
-        same[part] = _is_light_crop(place) & _same_shapes(*grey, place) & _same_colours(*colour, place)
+        near = _same_colours(_colour(first), _mirrored(_colour(second), flip), place, tolerance=_AT_FIRST)
+        if near.any():
+            same[part][near] = _aligned(first[near], second[near], flip[near], place[near])
     return same
+
+
+def _aligned(first: Array, second: Array, flip: Array, place: Array) -> Array:
+    """Whether thumbnails uint8[P, 1152] show the same where they lie over each other best, near `place`."""
+    grey = _smooth(_brightness(first)), _mirrored(_smooth(_brightness(second)), flip)
+    for _ in range(4):
+        place = place + _correction(*grey, place)
+    colour = _colour(first), _mirrored(_colour(second), flip)
+    return np.asarray(_is_light_crop(place) & _same_shapes(*grey, place) & _same_colours(*colour, place))
 
 
 def _is_light_crop(place: Array) -> Array:
@@ -301,14 +309,14 @@ def _same_shapes(first: Array, second: Array, place: Array) -> Array:
     )
 
 
-def _same_colours(first: Array, second: Array, place: Array) -> Array:
+def _same_colours(first: Array, second: Array, place: Array, tolerance: float = 1.0) -> Array:
     """Whether the colours agree; a copy may have lost them. float64[P, 2, 8, 8], 0 is grey."""
     seen, _ = _warped(second, place)
     wrong = _by_part(first - seen) / (COLOUR_SIDE // _PARTS) ** 2
     tint = np.sqrt((wrong**2).mean((1, 2)))
     spread = np.sqrt(first.var((2, 3)).mean(1))
     grey = np.minimum(*(np.abs(colour).max((1, 2, 3)) for colour in (first, second))) <= 2
-    return np.asarray(grey | (tint <= MOST_TINT + MOST_TINT_SHARE * spread))
+    return np.asarray(grey | (tint <= tolerance * (MOST_TINT + MOST_TINT_SHARE * spread)))
 
 
 def _correction(first: Array, second: Array, place: Array) -> Array:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipelines import labels, places
 from pipelines.atomic import appearing
 from pipelines.inspection import FACTS, Facts, facts_by_file, inspect, rows_of
+from pipelines.labels import Runs
 
 _CACHED = FACTS.append(pa.field("stamp", pa.list_(pa.int64())))
 Files = Mapping[tuple[str, str], Facts]  # by ("image" or "labels", place)
@@ -45,28 +46,39 @@ def inspection_digest(max_pixels: int) -> str:
     return hashlib.sha256(f"{code_digest()} {max_pixels}".encode()).hexdigest()[:16]
 
 
-def facts_of(
-    wanted: Iterable[tuple[str, str]], folder: Path, prefix: str, max_pixels: int
-) -> tuple[Files, int]:
-    """Facts of every (kind, place), remembered for the part `prefix`; and how many had to be found out.
+class Known:
+    """Facts of the files that are asked for, remembered for the part `prefix`.
 
-    Raises `OSError` where the cache cannot be written.
+    files            all that were asked for
+    num_inspected    how many of them had to be found out
     """
-    stamps = {file: _stamp(*file) for file in wanted}
-    cached = _cached(folder, prefix)
-    facts: dict[tuple[str, str], Facts] = {}
-    found_out = 0
-    for (kind, place), now in stamps.items():
-        then, known = cached.get((kind, place), ((), None))
-        if known is None or not now or then != now:
-            known, found_out = inspect(kind, place, max_pixels), found_out + 1
-        facts[kind, place] = known
-    kept = {file: known for file, known in facts.items() if stamps[file]}
-    if found_out or not (folder / f"{prefix}.parquet").is_file() or len(cached) != len(kept):
-        rows = [row | {"stamp": stamps[row["kind"], row["path"]]} for row in rows_of(kept)]
-        with appearing(folder / f"{prefix}.parquet", durable=False) as file:
-            pq.write_table(pa.Table.from_pylist(rows, schema=_CACHED), file)
-    return facts, found_out
+
+    def __init__(self, folder: Path, prefix: str, max_pixels: int) -> None:
+        self.files: dict[tuple[str, str], Facts] = {}
+        self.num_inspected = 0
+        self._path, self._max_pixels = folder / f"{prefix}.parquet", max_pixels
+        self._cached = _cached(folder, prefix)
+        self._stamps: dict[tuple[str, str], tuple[int, ...]] = {}
+
+    def ask(self, kind: str, place: str) -> Runs | None:
+        """Have a file in `files`; the pixels of a label map that is decoded for it."""
+        if (kind, place) in self.files:
+            return None
+        now, runs = _stamp(kind, place), None
+        then, facts = self._cached.get((kind, place), ((), None))
+        if facts is None or not now or then != now:
+            facts, runs = inspect(kind, place, self._max_pixels)
+            self.num_inspected += 1
+        self.files[kind, place], self._stamps[kind, place] = facts, now
+        return runs
+
+    def save(self) -> None:
+        """Remember what was asked for, and forget the rest. Raises `OSError`."""
+        kept = {file: facts for file, facts in self.files.items() if self._stamps[file]}
+        if self.num_inspected or not self._path.is_file() or len(self._cached) != len(kept):
+            rows = [row | {"stamp": self._stamps[row["kind"], row["path"]]} for row in rows_of(kept)]
+            with appearing(self._path, durable=False) as file:
+                pq.write_table(pa.Table.from_pylist(rows, schema=_CACHED), file)
 
 
 def forget_others(cache: Path, folder: Path, parts: Iterable[str]) -> None:

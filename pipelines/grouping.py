@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.duplicates import THUMBNAIL_BYTES, Thumbnails, find_copies
-from pipelines.spool import gather, mapped
+from pipelines.spool import mapped
 from schemas.masks import Array
 
 LEAKAGE, LEAKED_NUMBER, LEAKED_COPY, DUPLICATE_LABELS, NEAR_DUPLICATE = range(5)
@@ -100,13 +100,14 @@ class StoredThumbnails:
     """uint8[n, 1152] of any light rows; they stay on disk until then."""
 
     def __init__(self, rows: LightRows, files: Sequence[Path]) -> None:
-        self._rows, self._files = rows, files
+        self._rows = rows
+        self._mapped = [mapped(path)["thumbnail"] for path in files]
 
     def __getitem__(self, chosen: Array) -> Array:
         """int64[n] -> the thumbnails of these rows, which all have one (`look` is not 0)."""
-        places = self._rows.part[chosen], self._rows.row[chosen]
-        found = gather(self._files, *places, ["thumbnail"])["thumbnail"].to_pylist()
-        return np.frombuffer(b"".join(found), np.uint8).reshape(-1, THUMBNAIL_BYTES)
+        places = zip(self._rows.part[chosen].tolist(), self._rows.row[chosen].tolist(), strict=True)
+        found = b"".join([self._mapped[part].chunk(0)[row].as_buffer() for part, row in places])
+        return np.frombuffer(found, np.uint8).reshape(-1, THUMBNAIL_BYTES)
 
 
 def group(rows: LightRows, thumbnails: Thumbnails, *, near_duplicates: Literal["keep", "reject"]) -> Groups:

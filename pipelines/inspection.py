@@ -1,6 +1,6 @@
 """Look at every file of a corpus once: does it decode whole, how large is it, which segment ids does it hold?
 
-Runs in Ray tasks, a batch of paths at a time. A bad file is a row with a fault, never an exception. What
+A bad file is a row with a fault, never an exception. What
 follows from the facts is decided in curate.py.
 """
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines import labels, places
 from pipelines.duplicates import SIDE, hashes, is_flat, thumbnail
-from pipelines.labels import LabelError, Region
+from pipelines.labels import LabelError, Region, Runs
 from pipelines.pixels import PHOTOGRAPHS, PixelsError, decode, upright
 
 # One row a file. `fault` is empty where it is good; `regions` holds id, area, x, y, width, height of each id.
@@ -75,29 +75,38 @@ def facts_by_file(table: pa.Table) -> dict[tuple[str, str], Facts]:
     return found
 
 
-def inspect(kind: str, path: str, max_pixels: int) -> Facts:
-    """Hash what lies at a place (places.py; of "labels" a label place) and decode it to the last row."""
-    look, hashed = b"", 0
+def inspect(kind: str, path: str, max_pixels: int) -> tuple[Facts, Runs | None]:
+    """Hash what lies at a place (places.py; of "labels" a label place) and decode it to the last row.
+
+    Beside the facts stand the pixels of a good label map.
+    """
     try:
-        if kind == "labels":
-            found = labels.read(path, max_pixels)
-            height, width = found.ids.shape
-            sha256, size_bytes, regions = found.sha256, found.size_bytes, labels.regions_of(found.ids)
-        else:
-            data = places.read(path)
-            image = upright(decode(data, PHOTOGRAPHS, max_pixels))
-            (width, height), (look, hashed) = image.size, fingerprint(image)
-            sha256, size_bytes, regions = hashlib.sha256(data).hexdigest(), len(data), {}
+        return _labels(path, max_pixels) if kind == "labels" else (_image(path, max_pixels), None)
     except (PixelsError, LabelError) as error:
-        return _faulty(error.fault, path, error.detail)
+        return _faulty(error.fault, path, error.detail), None
     except OSError as error:
-        return _faulty("unreadable", path, f"{type(error).__name__}: {error}")
+        return _faulty("unreadable", path, f"{type(error).__name__}: {error}"), None
+
+
+def _labels(path: str, max_pixels: int) -> tuple[Facts, Runs]:
+    found = labels.read(path, max_pixels)
+    (height, width), regions = found.runs.shape, labels.regions_of(found.runs)
+    facts = Facts(
+        sha256=found.sha256, size_bytes=found.size_bytes, height=height, width=width, regions=regions
+    )
+    return facts, found.runs
+
+
+def _image(path: str, max_pixels: int) -> Facts:
+    data = places.read(path)
+    image = upright(decode(data, PHOTOGRAPHS, max_pixels))
+    look, hashed = fingerprint(image)
     return Facts(
-        sha256=sha256,
-        size_bytes=size_bytes,
-        height=height,
-        width=width,
-        regions=regions,
+        sha256=hashlib.sha256(data).hexdigest(),
+        size_bytes=len(data),
+        height=image.height,
+        width=image.width,
+        regions={},
         thumbnail=look,
         hash=hashed,
     )

@@ -73,14 +73,15 @@ def _entries(order: JoinOrder, work: Path) -> Iterator[tuple[str, Entry]]:
         return
     files = [work / f"checked-{part:04d}.arrow" for part in range(order.num_parts)]
     places = members["part"].to_numpy(), members["row"].to_numpy()
-    found = gather(files, *places, ["corpus", "rule", "document", "facts"]).to_pylist()
+    found = gather(files, *places, ["corpus", "rule", "document", "facts", "index_map"]).to_pylist()
     keys = zip(members["key"].to_pylist(), members["copy_of"].to_pylist(), strict=True)
     named = zip(members["sample"].to_pylist(), keys, found, strict=True)
     rows = Rows(work)
     for (_, (key, copy_of)), group in groupby(named, key=lambda member: member[:2]):
         one = [row for *_, row in group]
         of_files = {file: facts for row in one for file, facts in facts_in(row.pop("facts")).items()}
-        yield copy_of, entry(key, [rows.row(**row) for row in one], of_files)
+        index_map = "".join(row.pop("index_map") for row in one)  # at most one row has a label map
+        yield copy_of, entry(key, [rows.row(**row) for row in one], of_files, index_map)
 
 
 def _row(sample: Entry) -> dict[str, Any]:

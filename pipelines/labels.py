@@ -1,4 +1,4 @@
-"""Label maps in the encodings that corpora use -> int64[H, W] ids, 0 void; and regions -> segments.
+"""Label maps in the encodings of corpora -> runs of equal ids; from these regions, segments, index maps.
 
 A *label place* says where a label map lies and how its ids are written. It is a place (places.py) of a PNG
 with RGB ids, as COCO panoptic has them, or a JSON list: a name of `ENCODINGS`, then what that encoding needs,
@@ -6,9 +6,10 @@ for most the places of its files.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from pipelines import places
 from pipelines.pixels import PixelsError, decode
-from schemas.masks import Array, decode_rle, rgb_to_ids
+from schemas.masks import Array, decode_rle
 from schemas.records import Record, Rle, Segment
 
 Encoding = Literal["rgb", "index", "index_from_0", "class_object", "masks"]
@@ -44,10 +45,31 @@ class Region:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelMap:
-    """ids: int64[H, W], 0 void; the sha256 and the size of everything that it was read from."""
+class Runs:
+    """A label map as runs of equal pixels within a row, of which it has few.
 
+    shape    height, width
+    start    int64[R], the first pixel of each run, counted row after row; `length` int64[R] of each
+    ids      int[V], all that there are, ascending, 0 void; `which` int64[R] of them each run has
+    """
+
+    shape: tuple[int, int]
+    start: Array
+    length: Array
     ids: Array
+    which: Array
+
+    @property
+    def pixels(self) -> Array:
+        """int[H, W] of ids."""
+        return np.repeat(self.ids[self.which], self.length).reshape(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMap:
+    """Its pixels; the sha256 and the size of everything that it was read from."""
+
+    runs: Runs
     sha256: str
     size_bytes: int
 
@@ -112,7 +134,7 @@ def read(label: str, max_pixels: int) -> LabelMap:
         sizes.append(len(label))
     if encoding != "rgb":  # equal bytes mean another map in another encoding
         digest.update(label.encode() if encoding == "masks" else encoding.encode())
-    return LabelMap(ids=ids.astype(np.int64), sha256=digest.hexdigest(), size_bytes=sum(sizes))
+    return LabelMap(runs=runs_of(ids), sha256=digest.hexdigest(), size_bytes=sum(sizes))
 
 
 def segments_of(rule: SegmentRule, regions: Mapping[int, Region]) -> tuple[Segment, ...]:
@@ -134,29 +156,46 @@ def segments_of(rule: SegmentRule, regions: Mapping[int, Region]) -> tuple[Segme
     return tuple(found)
 
 
-def regions_of(ids: Array) -> dict[int, Region]:
-    """int[H, W] -> area and box of every id but 0.
+def runs_of(ids: Array) -> Runs:
+    """int[H, W] -> its runs; to look for ids in all pixels is 20x slower."""
+    flat = np.ascontiguousarray(ids).ravel()
+    new = np.ones(flat.size, dtype=bool)
+    np.not_equal(flat[1:], flat[:-1], out=new[1:])
+    new[:: ids.shape[1]] = True
+    start = np.flatnonzero(new)
+    found, which = np.unique(flat[start], return_inverse=True)
+    length = np.diff(start, append=flat.size)
+    return Runs(shape=ids.shape, start=start, length=length, ids=found, which=which)
 
-    Works on runs of equal pixels in a row, of which a label map has few: `np.unique` on all pixels is 20x
-    slower.
-    """
-    height, width = ids.shape
-    starts = np.ones((height, width), dtype=bool)
-    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    rows, left = np.nonzero(starts)
-    flat = rows * width + left
-    length = np.diff(np.append(flat, ids.size))
-    values, which = np.unique(ids[rows, left], return_inverse=True)
-    area = np.bincount(which, weights=length).astype(np.int64)
-    near = np.tile(np.array([[width], [height]]), len(values))
+
+def regions_of(runs: Runs) -> dict[int, Region]:
+    """Area and box of every id but 0."""
+    (height, width), which = runs.shape, runs.which
+    rows, left = np.divmod(runs.start, width)
+    area = np.bincount(which, weights=runs.length).astype(np.int64)
+    near = np.tile(np.array([[width], [height]]), len(runs.ids))
     far = np.zeros_like(near)
     np.minimum.at(near[0], which, left)
     np.minimum.at(near[1], which, rows)
-    np.maximum.at(far[0], which, left + length)
+    np.maximum.at(far[0], which, left + runs.length)
     np.maximum.at(far[1], which, rows + 1)
     boxes = np.concatenate([near, far - near]).T.tolist()
-    found = zip(values.tolist(), area.tolist(), boxes, strict=True)
+    found = zip(runs.ids.tolist(), area.tolist(), boxes, strict=True)
     return {i: Region(area=pixels, bbox=tuple(box)) for i, pixels, box in found if i != 0}
+
+
+def index_map(runs: Runs, order: Sequence[int]) -> bytes:
+    """A PNG of one channel: the place of each pixel's id in `order`, from 1; 0 of any other id.
+
+    Of 8 bits where those are enough, else 16. It decodes 3.5x faster than RGB ids.
+    """
+    places = {i: place for place, i in enumerate(order, 1)}
+    place = [places.get(i, 0) for i in runs.ids.tolist()]
+    dtype = np.uint8 if len(order) < 256 else np.uint16
+    indexed = replace(runs, ids=np.array(place, dtype=dtype))
+    sink = io.BytesIO()
+    Image.fromarray(indexed.pixels).save(sink, "PNG")
+    return sink.getvalue()
 
 
 def _split(label: str) -> tuple[Encoding, list[Any]]:
@@ -167,8 +206,10 @@ def _split(label: str) -> tuple[Encoding, list[Any]]:
 
 
 def _rgb(parts: Sequence[str], load: Load) -> Array:
-    """COCO panoptic: id = R + 256 G + 65536 B."""
-    return rgb_to_ids(np.asarray(load(parts[0]).convert("RGB")))
+    """COCO panoptic: id = R + 256 G + 65536 B. Four bytes a pixel at once are 6x faster than channels."""
+    image = load(parts[0]).convert("RGB")
+    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), "<u4")
+    return pixels.reshape(image.height, image.width) & 0xFFFFFF
 
 
 def _index(parts: Sequence[str], load: Load) -> Array:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipelines import curate
 from pipelines.checking import decided_by
 from pipelines.corpora.rows import Row
-from pipelines.curate import files_of, refusal
+from pipelines.curate import files_of, judge
 from pipelines.facts import Files
 from pipelines.grouping import REASONS, StoredThumbnails, group, light_rows
 from pipelines.inspection import inspect
@@ -34,15 +34,16 @@ class Curated:
 
 def assemble(rows: Sequence[Row], max_pixels: int) -> Curated:
     wanted = {file for row in rows for file in files_of(row)}
-    return curated(rows, {(kind, place): inspect(kind, place, max_pixels) for kind, place in wanted})
+    return curated(rows, {(kind, place): inspect(kind, place, max_pixels)[0] for kind, place in wanted})
 
 
 def curated(
     rows: Sequence[Row], files: Files, near_duplicates: Literal["keep", "reject"] = "keep"
 ) -> Curated:
     """Rows of one corpus, as far as grouping is concerned."""
-    checked = [row for row in rows if refusal(row, files) is None]
-    rejects = [reject for row in rows if (reject := refusal(row, files)) is not None]
+    judged = [judge(row, files) for row in rows]
+    rejects = [verdict for verdict in judged if isinstance(verdict, Reject)]
+    checked = [row for row, verdict in zip(rows, judged, strict=True) if not isinstance(verdict, Reject)]
     documents = [decided_by(0, -1, row, ROW.dump_json(row), files) for row in checked]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checked-0000.arrow"

@@ -501,4 +501,4 @@ def test_label_maps_are_read_from_containers_too(tmp_path: Path) -> None:
     data = save(tmp_path / "map.png", u8([0, 1, 2])).read_bytes()
     tar(tmp_path / "x.tar", [("map.png", data)])
     place = labels.label_place("index", places.member(str(tmp_path / "x.tar"), 512, len(data)))
-    assert labels.read(place, LIMIT).ids.tolist() == [[0, 1, 2]]
+    assert labels.read(place, LIMIT).runs.pixels.tolist() == [[0, 1, 2]]

@@ -116,8 +116,9 @@ def encoded(folder: Path) -> dict[str, tuple[str, Any]]:
 def test_every_encoding_gives_the_ids_that_it_means(tmp_path: Path, encoding: str) -> None:
     place, ids = encoded(tmp_path)[encoding]
     found = labels.read(place, LIMIT)
-    assert found.ids.dtype == np.int64 and np.array_equal(found.ids, ids)
-    facts = inspect("labels", place, LIMIT)
+    assert np.array_equal(found.runs.pixels, ids)
+    facts, runs = inspect("labels", place, LIMIT)
+    assert runs is not None and np.array_equal(runs.pixels, ids)
     assert not facts.fault and (facts.height, facts.width) == (2, 3) and facts.sha256 == found.sha256
     assert facts.regions.keys() == set(np.unique(ids).tolist()) - {0}
     assert len(labels.holders(place)) == (2 if encoding == "class_object" else encoding != "masks")
@@ -133,7 +134,7 @@ def test_sixteen_bits_are_read_from_png_and_tiff(tmp_path: Path) -> None:
     values = MAP * 257
     for name in ("x.png", "x.tif"):
         found = labels.read(label_place("index", png(tmp_path / name, values, np.uint16)), LIMIT)
-        assert np.array_equal(found.ids, values)
+        assert np.array_equal(found.runs.pixels, values)
 
 
 def test_a_map_that_is_not_what_its_encoding_says_is_a_fault(tmp_path: Path) -> None:
@@ -145,8 +146,17 @@ def test_a_map_that_is_not_what_its_encoding_says_is_a_fault(tmp_path: Path) -> 
         label_place("class_object", flat, tall): "size",
         label_place("index", str(tmp_path / "no.png")): "unreadable",
     }
-    assert {place: inspect("labels", place, LIMIT).fault for place in cases} == cases
-    assert inspect("labels", flat, 5).fault == "pixels"
+    assert {place: inspect("labels", place, LIMIT)[0].fault for place in cases} == cases
+    assert inspect("labels", flat, 5)[0].fault == "pixels"
+
+
+@pytest.mark.parametrize(("number", "mode"), [(0, "L"), (255, "L"), (256, "I;16")])
+def test_an_index_map_counts_in_the_order_that_is_asked_for(number: int, mode: str) -> None:
+    order = np.random.default_rng(0).permutation(np.arange(1, number + 1)) * 60000
+    ids = np.append(order, [0, 7])[:, None].repeat(2, 1)  # 7 is not asked for
+    image = Image.open(io.BytesIO(labels.index_map(labels.runs_of(ids), order.tolist())))
+    assert image.mode == mode
+    assert np.asarray(image).tolist() == [[i, i] for i in (*range(1, number + 1), 0, 0)]
 
 
 # ---------------------------------------------------------------------------------- segments from regions
