@@ -1,4 +1,4 @@
-"""What is known of a running training beside its losses: memory, pace of a device, place in the epoch."""
+"""What is known of a running training beside its losses: memory, pace, place in the epoch, rejects."""
 
 import psutil
 import torch
@@ -32,6 +32,9 @@ class Gauge:
         """Metrics to log with a report."""
         of = self.trainer
         found = {f"epoch/{stream}": of.positions[stream] / size for stream, size in self.epochs.items()}
+        found["rejects"] = float(of.rejects)
+        if of.rewound is not None:
+            found["rewound"] = float(of.rewound)
         found["memory/process_gb"] = self.process.memory_info().rss / GB
         found["samples_per_s_per_device"] = report.metrics["samples_per_s"] / of.world_size
         if torch.cuda.is_available():

@@ -173,7 +173,8 @@ def _fit(training: Training, duty: Duty, tracker: Tracker) -> None:
     def show(row: MetricRow) -> None:
         if "loss" in row.metrics:
             loss, waited = row.metrics["loss"], row.metrics["data_wait_s"]
-            progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s")
+            rejects = f", {row.metrics['rejects']:.0f} rejects" if row.metrics.get("rejects") else ""
+            progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s{rejects}")
         else:  # a validation's
             values = ", ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
             log.info("step %d: %s", row.step, values)

@@ -93,7 +93,7 @@ def test_the_same_job_again_trains_afresh_with_the_same_curve(store: Path, first
     assert curve(store, again) == curve(store, first)
     folder, tracker = store / "runs" / again.facts["run"], connect(store)
     measured = journal.read(folder / "metrics.jsonl")[-1].metrics
-    assert {"val/panoptic/PQ", "epoch/segmentation", "memory/process_gb"} <= measured.keys()
+    assert {"val/panoptic/PQ", "epoch/segmentation", "memory/process_gb", "rejects"} <= measured.keys()
     kept = json.loads((folder / "checkpoints" / f"step-{STEPS:08d}" / "checkpoint.json").read_text())
     assert kept["metric"] == measured["val/panoptic/PQ"]
     run = tracker.version("demo", again.facts["version"]).run
