@@ -89,7 +89,7 @@ def sources(job: PretrainJob, store: Path, data: DatasetVersion, stream: Stream)
     refs = job.datasets.get(stream)
     if not refs:
         return [Weighted(version=data, shards=_shards(job, data))]
-    opened = [(Catalog(store, ref.name).open(ref.version), ref.weight) for ref in refs]
+    opened = [(Catalog(store, ref.name).open(ref.version, split="train"), ref.weight) for ref in refs]
     return [Weighted(version=v, weight=weight, shards=_shards(job, v)) for v, weight in opened]
 
 

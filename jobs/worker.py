@@ -133,9 +133,10 @@ def _keep_freed_memory() -> None:
 
 def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
     train = duty.job.train
-    data = Catalog(duty.store, duty.job.dataset.name).open(duty.version)
+    data = Catalog(duty.store, duty.job.dataset.name).open(duty.version, split="train")
     streams = _streams(trainer, data, duty)
-    gauge, written = Gauge(trainer, data), journal.Writer(duty.journal)
+    gauge = Gauge(trainer, data, elsewhere={*duty.job.datasets, *train.tars})
+    written = journal.Writer(duty.journal)
     roll = dist.new_group(backend="gloo")
     notices: list[int | None] = []  # by when a machine will be taken away
 
@@ -158,7 +159,7 @@ def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
             streams = _streams(trainer, data, duty)
             continue
         validated = train.validation.every and trainer.step % train.validation.every == 0
-        metric = _validate(trainer, data, duty, written) if validated else None
+        metric = _validate(trainer, duty, written) if validated else None
         over = trainer.stopping or trainer.step == train.steps
         if validated or over or trainer.step % train.checkpoint_every == 0:
             checkpoints.save(trainer, metric)
@@ -178,7 +179,7 @@ def following(train: TrainConfig, step: int) -> int:
     return min(*due, *(s for s in train.profile or () if s > step), train.steps)
 
 
-def _validate(trainer: Trainer, data: DatasetVersion, duty: Duty, written: journal.Writer) -> float | None:
+def _validate(trainer: Trainer, duty: Duty, written: journal.Writer) -> float | None:
     """Examine the model as it would be exported, on rank 0, while the others wait; returns the metric that
     decides which checkpoint is best. What is drawn by chance meanwhile does not change the training.
     """
@@ -192,6 +193,7 @@ def _validate(trainer: Trainer, data: DatasetVersion, duty: Duty, written: journ
             return None
         limits = {"limit": validation.limit, "pictures": validation.pictures}
         config = duty.job.evaluate.model_copy(update=limits)
+        data = Catalog(duty.store, duty.job.dataset.name).open(duty.version, split=config.split)
         config = config.model_copy(update={"tasks": evaluate.examinable(data, config)})
         shutil.rmtree(folder, ignore_errors=True)  # of a step that is done again
         results = evaluate.examine(Path(model), data, config, folder).results

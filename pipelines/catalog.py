@@ -30,7 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipelines.atomic import sweep, sync_folder, write_atomically
 from pipelines.changes import Diff, compare
 from pipelines.shards import file_sha256
-from schemas.records import Record
+from schemas.records import SAMPLES, Record, Split
 from schemas.taxonomy import Category, Taxonomy
 
 CHECKSUMS = "checksums.json"  # sha256 of the tables and of the card
@@ -200,8 +200,11 @@ class Catalog:
         pointer = self._pointer()
         return pointer.version if pointer else None
 
-    def open(self, version: str = "current") -> DatasetVersion:
-        """Raises `CatalogError` where there is no such version, or it cannot be read."""
+    def open(self, version: str = "current", *, split: Split | None = None) -> DatasetVersion:
+        """With `split`, of the samples only those, and without the hashes by which versions are compared.
+
+        Raises `CatalogError` where there is no such version, or it cannot be read.
+        """
         wanted = self.current() if version == "current" else version
         if wanted is None:
             raise CatalogError(
@@ -215,7 +218,7 @@ class Catalog:
         folder = self.root / "versions" / wanted
         try:
             card = DatasetCard.model_validate_json((folder / "dataset.json").read_bytes())
-            tables = {name: pq.read_table(folder / f"{name}.parquet") for name in _TABLES}
+            tables = {name: _read(folder, name, split) for name in _TABLES}
         except (OSError, ValidationError, pa.ArrowException) as error:
             raise CatalogError(f"{folder} cannot be read: {error}; roll back, or rebuild") from None
         return DatasetVersion(
@@ -366,6 +369,14 @@ class Catalog:
         if pointer is None or pointer.version != version:
             moved = Pointer(version=version, previous=pointer.version if pointer else None)
             write_atomically(self.root / "current.json", moved.model_dump_json().encode())
+
+
+def _read(folder: Path, table: str, split: Split | None) -> pa.Table:
+    path = folder / f"{table}.parquet"
+    if table != "samples" or split is None:
+        return pq.read_table(path)
+    columns = [name for name in SAMPLES.names if not name.endswith("_hash")]
+    return pq.read_table(path, columns=columns, filters=[("split", "=", split)])
 
 
 def _in_use(folder: Path) -> bool:

@@ -121,7 +121,7 @@ def read_samples(
     Raises `ValueError` where there are none, `StreamError` at the first unreadable one: a score over fewer
     samples than announced is wrong.
     """
-    rows = _members(version, split, stream).sort_by("key")
+    rows = members(version, split, stream).sort_by("key")
     return _read_all(_Index(rows.slice(0, limit or None), LocalShards(version.shards_root)))
 
 
@@ -216,8 +216,8 @@ class _Index:
         return data
 
 
-def _members(version: DatasetVersion, split: Split, stream: Stream) -> pa.Table:
-    """Rows of samples.parquet. Raises `ValueError` where there are none."""
+def members(version: DatasetVersion, split: Split, stream: Stream) -> pa.Table:
+    """Rows of the samples of a split that a stream admits. Raises `ValueError` where there are none."""
     fields = STREAM_FIELDS[stream]
     admitted = pc.greater(pc.add(*(version.samples[field] for field in fields)), 0)
     rows = version.samples.filter(pc.and_(pc.equal(version.samples["split"], split), admitted))
@@ -235,7 +235,7 @@ def _holdings(version: DatasetVersion) -> str:
 
 
 def _training_index(one: Weighted, stream: Stream) -> _Index:
-    rows = _members(one.version, "train", stream)
+    rows = members(one.version, "train", stream)
     files = one.shards or LocalShards(one.version.shards_root)
     return _Index(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]), files)
 
