@@ -144,15 +144,13 @@ def _rank(course: Course, folder: Path, meeting: Path, rank: int, world: int) ->
     trainer = Trainer(course.model, course.train, course.vocabulary, rank=rank, world_size=world)
     checkpoints = Checkpoints(folder / "checkpoints", keep=course.train.keep_checkpoints, facts={})
     checkpoints.restore(trainer)
-    streams = course.streams(trainer)
+    streams, written = course.streams(trainer), journal.Writer(folder / "metrics.jsonl")
     while trainer.step < course.train.steps:
         every = course.train.checkpoint_every
         trainer.fit(
             streams,
             until=min((trainer.step // every + 1) * every, course.train.steps),
-            on_log=lambda r: (
-                journal.append(folder / "metrics.jsonl", r.step, r.metrics) if rank == 0 else None
-            ),
+            on_log=lambda r: written.append(r.step, r.metrics) if rank == 0 else None,
         )
         checkpoints.save(trainer)
     checkpoints.wait()

@@ -31,6 +31,8 @@ def prepare() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # the pace at which Ray Train takes reports; a second one inside it would hold the training up
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # how long workers of a lost node are waited for before those that are left are counted
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 
 
 @contextmanager

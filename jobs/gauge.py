@@ -1,10 +1,13 @@
-"""What is known of a running training beside its losses: memory, pace of a device, place in the epoch."""
+"""What is known of a running training beside its losses: memory, pace, place in the epoch, rejects."""
+
+from collections.abc import Collection
 
 import psutil
 import torch
 
 from pipelines.catalog import DatasetVersion
-from schemas.tasks import STREAM_FIELDS
+from pipelines.stream import members
+from schemas.tasks import Stream
 from xdecoder.model.size import measure
 from xdecoder.training.trainer import StepReport, Trainer
 
@@ -15,15 +18,17 @@ GB = 1e9
 
 
 class Gauge:
-    """Of one rank. Sizes of the epochs and the work of a step are counted once."""
+    """Of one rank. Sizes of the epochs and the work of a step are counted once.
 
-    def __init__(self, trainer: Trainer, data: DatasetVersion) -> None:
+    elsewhere   streams that do not draw from `data` alone, and so have no epochs of it
+    """
+
+    def __init__(self, trainer: Trainer, data: DatasetVersion, elsewhere: Collection[Stream]) -> None:
         self.trainer, self.process = trainer, psutil.Process()
-        samples = data.samples.to_pandas()
-        train = samples[samples["split"] == "train"]
         self.epochs = {
-            stream: int((train[list(STREAM_FIELDS[stream])].sum(axis=1) > 0).sum())
+            stream: len(members(data, "train", stream))
             for stream in trainer.streams
+            if stream not in elsewhere
         }
         self.peak = _peak(trainer)
         self.operations = _operations(trainer) if self.peak else 0.0
@@ -32,6 +37,9 @@ class Gauge:
         """Metrics to log with a report."""
         of = self.trainer
         found = {f"epoch/{stream}": of.positions[stream] / size for stream, size in self.epochs.items()}
+        found["rejects"] = float(of.rejects)
+        if of.rewound is not None:
+            found["rewound"] = float(of.rewound)
         found["memory/process_gb"] = self.process.memory_info().rss / GB
         found["samples_per_s_per_device"] = report.metrics["samples_per_s"] / of.world_size
         if torch.cuda.is_available():

@@ -7,6 +7,7 @@ stays as the loss curve of the run. It lies in the store, which all machines sha
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,11 +30,30 @@ class MetricRow:
     metrics: dict[str, float]
 
 
-def append(path: Path, step: int, metrics: dict[str, float]) -> None:
-    """Add one row; readers see whole lines only. Values that are not finite are left out: JSON has no NaN."""
-    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "time": time.time(), "metrics": finite}) + "\n")
+class Writer:
+    """Adds rows to a journal. What a full disk refuses is written with the next row there is room for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.unwritten = path, ""
+
+    def append(self, step: int, metrics: dict[str, float]) -> None:
+        """Add one row; readers see whole lines only. Values that are not finite are left out: JSON has no
+        NaN.
+        """
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.unwritten += json.dumps({"step": step, "time": time.time(), "metrics": finite}) + "\n"
+        try:
+            self._write()
+        except OSError as error:  # it must not end the training
+            log.warning("the metrics of step %d wait for room: %s", step, error)
+        else:
+            self.unwritten = ""
+
+    def _write(self) -> None:
+        with self.path.open("a+b") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                file.write(b"\n")  # a kill or a full disk cut the last line
+            file.write(self.unwritten.encode())
 
 
 def read(path: Path) -> tuple[MetricRow, ...]:
@@ -111,12 +131,12 @@ class Follower:
             self.show(row)
 
     def _new(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
-        """Without steps that were done again after an interruption and came to the same: times apart, they
-        are the rows that were delivered before.
+        """Without steps that were done again after an interruption: rounding apart, they are the rows that
+        were delivered before. (Those after a rewind, of other samples, say `rewound`.)
         """
         found = []
         for row in rows:
-            same = (row.step, row.metrics.get("loss"), frozenset(row.metrics))
+            same = (row.step, frozenset(row.metrics))
             if same not in self.seen:
                 self.seen.add(same)
                 found.append(row)

@@ -1,6 +1,6 @@
 """What a training draws from: its dataset versions, pinned and joined, and the streams over them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -65,6 +65,7 @@ def open_stream(
     world_size: int,
     position: int,
     make_batch: MakeBatch[T],
+    on_skip: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[T, int]]:
     """What one rank draws of a stream, from `position` on. Raises as `training_stream` does."""
     train = job.train
@@ -72,13 +73,14 @@ def open_stream(
     place["global_batch"] = getattr(train.batch, stream) // train.accumulate
     if pattern := train.tars.get(stream):
         tars = sorted(Path(path) for path in glob(str(store / pattern)))
-        return foreign_stream(tars, make_batch=make_batch, **place)
+        return foreign_stream(tars, make_batch=make_batch, on_skip=on_skip, **place)
     return training_stream(
         sources(job, store, data, stream),
         stream=stream,
         workers=train.loader_workers,
         threads=train.loader_threads,
         make_batch=make_batch,
+        on_skip=on_skip,
         **place,
     )
 
@@ -88,7 +90,7 @@ def sources(job: PretrainJob, store: Path, data: DatasetVersion, stream: Stream)
     refs = job.datasets.get(stream)
     if not refs:
         return [Weighted(version=data, shards=_shards(job, data))]
-    opened = [(catalog_of(store, ref.name).open(ref.version), ref.weight) for ref in refs]
+    opened = [(catalog_of(store, ref.name).open(ref.version, split="train"), ref.weight) for ref in refs]
     return [Weighted(version=v, weight=weight, shards=_shards(job, v)) for v, weight in opened]
 
 

@@ -5,6 +5,7 @@ it, also on other machines; once it has finished, it trains afresh under the nex
 """
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.compute as pc
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -19,7 +21,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from jobs import cluster, console, evaluate, mixing
 from jobs.console import Outcome, Progress
 from jobs.journal import Follower, MetricRow
-from jobs.store import catalog_of, code_version, digest, pull, push, read_json, write_json
+from jobs.store import (
+    catalog_of,
+    code_version,
+    digest,
+    pull,
+    push,
+    read_json,
+    training_lock,
+    write_json,
+)
 from jobs.tracking import ModelVersion, Tracker, connect
 from jobs.worker import Duty, Ending, MissingRank, work
 from pipelines.catalog import DatasetVersion
@@ -84,9 +95,10 @@ def run(job: PretrainJob, store: Path, source: str) -> Outcome:
     known = mixing.joined(job, store, data)
     _require_annotations(job, known)
     tracker = connect(store)
-    with cluster.session():
+    name = _name(job, data)
+    with training_lock(store, name), cluster.session():
         cpus = _cpus_per_worker(job)
-        training = _begin(job, store, source, data, tracker)
+        training = _begin(job, store, source, data, tracker, _folder(store, name))
         with tracker.running(training.tracked):
             started = time.monotonic()
             duty = _duty(training, known, cpus)
@@ -96,7 +108,7 @@ def run(job: PretrainJob, store: Path, source: str) -> Outcome:
             results = Evaluation.load(kept).results
             evaluate.log_results(tracker, training.tracked, results, kept, step=job.train.steps)
             version = _register(training, duty.model, tracker, results)
-    training.remember(finished=True)
+        training.remember(finished=True)
     facts = {"run": training.folder.name, "model": version.model, "version": version.version}
     facts |= {"dataset": training.dataset, "kept in": str(training.folder), "training took": took}
     return Outcome(facts=facts, tables={"results": evaluate.rows_of(results)})
@@ -104,9 +116,8 @@ def run(job: PretrainJob, store: Path, source: str) -> Outcome:
 
 def _require_annotations(job: PretrainJob, data: DatasetVersion) -> None:
     """Refuse a task for which the dataset has no training sample."""
-    samples = data.samples.to_pandas()
-    train = samples[samples["split"] == "train"]
-    missing = [task for task in job.train.tasks if not (train[NEEDS[task]] > 0).any()]
+    train = data.samples.filter(pc.equal(data.samples["split"], "train"))
+    missing = [task for task in job.train.tasks if not pc.any(pc.greater(train[NEEDS[task]], 0)).as_py()]
     if missing:
         needed = sorted({NEEDS[task] for task in missing})
         raise ValueError(
@@ -124,9 +135,10 @@ def _cpus_per_worker(job: PretrainJob) -> int:
     return cpus
 
 
-def _begin(job: PretrainJob, store: Path, source: str, data: DatasetVersion, tracker: Tracker) -> Training:
-    """The unfinished run of these settings and data, reopened, or a new one."""
-    folder = _folder(job, store, data)
+def _begin(
+    job: PretrainJob, store: Path, source: str, data: DatasetVersion, tracker: Tracker, folder: Path
+) -> Training:
+    """The unfinished run in this folder, reopened, or a new one."""
     tracked = read_json(folder / "run.json").get("mlflow_run")
     if tracked and tracker.resume(tracked):
         log.info("run %s was interrupted and goes on", folder.name)
@@ -141,11 +153,16 @@ def _begin(job: PretrainJob, store: Path, source: str, data: DatasetVersion, tra
     return training
 
 
-def _folder(job: PretrainJob, store: Path, data: DatasetVersion) -> Path:
+def _name(job: PretrainJob, data: DatasetVersion) -> str:
+    """Of all runs with these settings and this data."""
     train = job.train.model_dump(mode="json", exclude=PLACEMENT)
     mixed = job.model_dump(mode="json")["datasets"].items()
     learned = (job.model, train, job.registered_model, data.id, *mixed)
-    name = f"{job.name}-{digest(*learned)[:8]}"
+    return f"{job.name}-{digest(*learned)[:8]}"
+
+
+def _folder(store: Path, name: str) -> Path:
+    """Of the unfinished run of this name, or of the next one."""
     number = 1
     while read_json(pull(store / "runs" / f"{name}-{number}" / "run.json")).get("finished"):
         number += 1
@@ -168,13 +185,16 @@ def _duty(training: Training, known: DatasetVersion, cpus: int) -> Duty:
 
 def _fit(training: Training, duty: Duty, tracker: Tracker) -> None:
     """Raises `ValueError` where the training failed or was asked to stop."""
+    # Ray Train's own barrier, by which ranks learn of a pre-emption, would wait without end
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(training.job.train.collective_timeout_s)
     trainer = _trainer(training.job, duty)
     progress = Progress("training", training.job.train.steps, unit="steps")
 
     def show(row: MetricRow) -> None:
         if "loss" in row.metrics:
             loss, waited = row.metrics["loss"], row.metrics["data_wait_s"]
-            progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s")
+            rejects = f", {row.metrics['rejects']:.0f} rejects" if row.metrics.get("rejects") else ""
+            progress.update(row.step, f"loss {loss:.4f}, data wait {waited:.3f} s{rejects}")
         else:  # a validation's
             values = ", ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
             log.info("step %d: %s", row.step, values)

@@ -160,6 +160,13 @@ def rebuild_lock(store: Path, dataset: str) -> Iterator[None]:
 
 
 @contextmanager
+def training_lock(store: Path, run: str) -> Iterator[None]:
+    """One training of a run at a time: two would overwrite each other's checkpoints. Raises `Busy`."""
+    with _alone(store, f"train-{run}", f"the training {run!r} is under way in another process"):
+        yield
+
+
+@contextmanager
 def scheduler_lock(store: Path) -> Iterator[None]:
     """One scheduler a store. Raises `Busy` where another runs."""
     with _alone(store, "schedule", f"another scheduler keeps the schedule of {store}"):

@@ -135,15 +135,16 @@ def _keep_freed_memory() -> None:
 
 def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
     train = duty.job.train
-    data = catalog_of(duty.store, duty.job.dataset.name).open(duty.version)
+    data = catalog_of(duty.store, duty.job.dataset.name).open(duty.version, split="train")
     streams = _streams(trainer, data, duty)
-    gauge = Gauge(trainer, data)
+    gauge = Gauge(trainer, data, elsewhere={*duty.job.datasets, *train.tars})
+    written = journal.Writer(duty.journal)
     roll = dist.new_group(backend="gloo")
     notices: list[int | None] = []  # by when a machine will be taken away
 
     def on_log(report: StepReport) -> None:
         if trainer.rank == 0:
-            _write_down(duty.journal, report.step, report.metrics | gauge.read(report))
+            written.append(report.step, report.metrics | gauge.read(report))
         notice = ray.train.get_preemption_info()  # a barrier: all ranks are told the same
         if notice is not None and notice.deadline_ms not in notices:
             notices.append(notice.deadline_ms)
@@ -160,7 +161,7 @@ def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:
             streams = _streams(trainer, data, duty)
             continue
         validated = train.validation.every and trainer.step % train.validation.every == 0
-        metric = _validate(trainer, data, duty) if validated else None
+        metric = _validate(trainer, duty, written) if validated else None
         over = trainer.stopping or trainer.step == train.steps
         if validated or over or trainer.step % train.checkpoint_every == 0:
             checkpoints.save(trainer, metric)
@@ -180,7 +181,7 @@ def following(train: TrainConfig, step: int) -> int:
     return min(*due, *(s for s in train.profile or () if s > step), train.steps)
 
 
-def _validate(trainer: Trainer, data: DatasetVersion, duty: Duty) -> float | None:
+def _validate(trainer: Trainer, duty: Duty, written: journal.Writer) -> float | None:
     """Examine the model as it would be exported, on rank 0, while the others wait; returns the metric that
     decides which checkpoint is best. What is drawn by chance meanwhile does not change the training.
     """
@@ -194,12 +195,13 @@ def _validate(trainer: Trainer, data: DatasetVersion, duty: Duty) -> float | Non
             return None
         limits = {"limit": validation.limit, "pictures": validation.pictures}
         config = duty.job.evaluate.model_copy(update=limits)
+        data = catalog_of(duty.store, duty.job.dataset.name).open(duty.version, split=config.split)
         config = config.model_copy(update={"tasks": evaluate.examinable(data, config)})
         shutil.rmtree(folder, ignore_errors=True)  # of a step that is done again
         results = evaluate.examine(Path(model), data, config, folder).results
     checkpoint.set_chance(before)
     values = {f"{result.task}/{result.metric}": result.value for result in results}
-    _write_down(duty.journal, trainer.step, {f"val/{name}": value for name, value in values.items()})
+    written.append(trainer.step, {f"val/{name}": value for name, value in values.items()})
     if validation.metric and validation.metric not in values:
         raise ValueError(
             f"train.validation.metric: no {validation.metric!r} was measured; choose {sorted(values)}"
@@ -247,11 +249,11 @@ def rewind(trainer: Trainer, checkpoints: Checkpoints, error: NonFiniteLoss) -> 
     """
     if not trainer.config.rewind or trainer.rewound is not None:
         return False
-    bad, ahead = trainer.step, dict(trainer.positions)
+    bad, ahead, rejects = trainer.step, dict(trainer.positions), trainer.rejects
     checkpoints.wait()
     if checkpoints.restore(trainer) is None:
         return False
-    trainer.positions, trainer.rewound = ahead, bad
+    trainer.positions, trainer.rejects, trainer.rewound = ahead, rejects, bad
     log.warning("%s; back to step %d, once, and past the samples since", error, trainer.step)
     return True
 
@@ -261,13 +263,6 @@ def listen(trainer: Trainer, duty: Duty) -> None:
     while not duty.stop.exists():
         time.sleep(LOOK_S)
     trainer.asked = True
-
-
-def _write_down(path: Path, step: int, metrics: dict[str, float]) -> None:
-    try:
-        journal.append(path, step, metrics)
-    except OSError as error:  # a full disk must not end the training
-        log.warning("the metrics of step %d are lost: %s", step, error)
 
 
 def _streams(trainer: Trainer, data: DatasetVersion, duty: Duty) -> dict[Stream, Iterator[tuple[Batch, int]]]:
@@ -282,6 +277,7 @@ def _streams(trainer: Trainer, data: DatasetVersion, duty: Duty) -> dict[Stream,
             world_size=trainer.world_size,
             position=trainer.positions[stream],
             make_batch=trainer.make_batch(stream),
+            on_skip=trainer.skip,
         )
         for stream in trainer.streams
     }

@@ -41,7 +41,7 @@ from pipelines.cache import LocalShards, RemoteShards, Shards
 from pipelines.changes import Diff, compare
 from pipelines.remote import Remote
 from pipelines.shards import file_sha256
-from schemas.records import Record
+from schemas.records import SAMPLES, Record, Split
 from schemas.taxonomy import Category, Taxonomy
 
 log = logging.getLogger(__name__)
@@ -225,8 +225,11 @@ class Catalog:
         pointer = self._pointer()
         return pointer.version if pointer else None
 
-    def open(self, version: str = "current") -> DatasetVersion:
-        """Raises `CatalogError` where there is no such version, or it cannot be read."""
+    def open(self, version: str = "current", *, split: Split | None = None) -> DatasetVersion:
+        """With `split`, of the samples only those, and without the hashes by which versions are compared.
+
+        Raises `CatalogError` where there is no such version, or it cannot be read.
+        """
         wanted = self.current() if version == "current" else version
         if wanted is None:
             raise CatalogError(
@@ -242,7 +245,7 @@ class Catalog:
             self._fetch(self.remote / "versions" / wanted, folder)
         try:
             card = DatasetCard.model_validate_json((folder / "dataset.json").read_bytes())
-            tables = {name: pq.read_table(folder / f"{name}.parquet") for name in _TABLES}
+            tables = {name: _read(folder, name, split) for name in _TABLES}
         except (OSError, ValidationError, pa.ArrowException) as error:
             raise CatalogError(f"{folder} cannot be read: {error}; roll back, or rebuild") from None
         return DatasetVersion(
@@ -457,6 +460,14 @@ class Catalog:
                 self.remote.write("current.json", data)
             else:
                 write_atomically(self.root / "current.json", data)
+
+
+def _read(folder: Path, table: str, split: Split | None) -> pa.Table:
+    path = folder / f"{table}.parquet"
+    if table != "samples" or split is None:
+        return pq.read_table(path)
+    columns = [name for name in SAMPLES.names if not name.endswith("_hash")]
+    return pq.read_table(path, columns=columns, filters=[("split", "=", split)])
 
 
 def _in_use(folder: Path) -> bool:

@@ -6,7 +6,7 @@ but one: every rank draws the same number of batches. Who wants the others build
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,11 +33,12 @@ def foreign_stream(
     position: int = 0,
     make_batch: MakeBatch[T],
     max_corrupt: int = 16,
+    on_skip: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[T, int]]:
     """Batches of `<key>.jpg` or `.png` with `<key>.txt`, for ever: (batch, position after it).
 
     Each rank permutes the tars for itself in every pass. A position only counts: from it on a stream starts
-    with another permutation, and knows nothing of what was seen.
+    with another permutation, and knows nothing of what was seen. `on_skip` as for `training_stream`.
 
     Raises `ValueError` where there are no tars, `StreamError` from the iterator where more than `max_corrupt`
     samples in a row, or all of a pass, are unusable.
@@ -51,7 +52,7 @@ def foreign_stream(
         "resumed training does not go on where it was; build a dataset of them to have these guarantees",
         len(tars),
     )
-    samples = _usable(tars, (seed, rank, position), max_corrupt)
+    samples = _usable(tars, (seed, rank, position), max_corrupt, on_skip)
     return _batches(samples, seed, position, global_batch, share.stop - share.start, make_batch)
 
 
@@ -70,7 +71,9 @@ def _batches(
         yield make_batch(batch, rng.integers(2**63, size=length).tolist()), position
 
 
-def _usable(tars: Sequence[Path], seed: tuple[int, ...], max_corrupt: int) -> Iterator[Sample]:
+def _usable(
+    tars: Sequence[Path], seed: tuple[int, ...], max_corrupt: int, on_skip: Callable[[], None]
+) -> Iterator[Sample]:
     rng = np.random.default_rng(seed)
     while True:
         # paths that exist, never the user's text: webdataset would run "pipe:" in a shell
@@ -81,6 +84,7 @@ def _usable(tars: Sequence[Path], seed: tuple[int, ...], max_corrupt: int) -> It
                 sample = _sample(found)
             except ShardError as error:
                 in_a_row += 1
+                on_skip()
                 log.warning("%s of %s is skipped: %s", found["__key__"], found["__url__"], error)
                 if in_a_row > max_corrupt:
                     raise StreamError(f"{in_a_row} unusable samples in a row, the last: {error}") from None

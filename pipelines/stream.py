@@ -71,6 +71,7 @@ def training_stream(
     threads: int = 0,
     make_batch: MakeBatch[T],
     max_corrupt: int = 16,
+    on_skip: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[T, int]]:
     """This rank's share of every global batch, for ever: (batch, position of the whole stream after it).
 
@@ -86,6 +87,7 @@ def training_stream(
     max_corrupt   consecutive unreadable samples that are skipped and logged; their batches are shorter. Every
                   rank draws the same number of batches: a global batch of which nothing is left is passed
                   over by all; a rank that alone has nothing left takes one sample of the others' twice
+    on_skip       called for each unreadable sample of this rank's share when its batch is drawn
 
     Raises `ValueError` at the call where the stream would be empty or the batch does not divide among the
     ranks, `StreamError` from the iterator where more than `max_corrupt` samples in a row are unreadable.
@@ -109,7 +111,7 @@ def training_stream(
         batches = wds.WebLoader(pipeline, batch_size=None, num_workers=workers, generator=own)
     elif threads:
         batches = _in_threads(draw, _starts(global_batch, position), threads)
-    return _without_corrupt(batches, stream, max_corrupt)
+    return _without_corrupt(batches, stream, max_corrupt, on_skip)
 
 
 def read_samples(
@@ -120,7 +122,7 @@ def read_samples(
     Raises `ValueError` where there are none, `StreamError` at the first unreadable one: a score over fewer
     samples than announced is wrong.
     """
-    rows = _members(version, split, stream).sort_by("key")
+    rows = members(version, split, stream).sort_by("key")
     return _read_all(_Index(rows.slice(0, limit or None), version.shards()))
 
 
@@ -219,8 +221,8 @@ class _Index:
         return data
 
 
-def _members(version: DatasetVersion, split: Split, stream: Stream) -> pa.Table:
-    """Rows of samples.parquet. Raises `ValueError` where there are none."""
+def members(version: DatasetVersion, split: Split, stream: Stream) -> pa.Table:
+    """Rows of the samples of a split that a stream admits. Raises `ValueError` where there are none."""
     fields = STREAM_FIELDS[stream]
     admitted = pc.greater(pc.add(*(version.samples[field] for field in fields)), 0)
     rows = version.samples.filter(pc.and_(pc.equal(version.samples["split"], split), admitted))
@@ -238,7 +240,7 @@ def _holdings(version: DatasetVersion) -> str:
 
 
 def _training_index(one: Weighted, stream: Stream) -> _Index:
-    rows = _members(one.version, "train", stream)
+    rows = members(one.version, "train", stream)
     files = one.shards or one.version.shards()
     return _Index(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]), files)
 
@@ -317,12 +319,15 @@ def _in_threads(draw: Callable[[int], _Drawn[T]], starts: Iterator[int], threads
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _without_corrupt(drawn: Iterable[_Drawn[T]], stream: Stream, max_corrupt: int) -> Iterator[tuple[T, int]]:
+def _without_corrupt(
+    drawn: Iterable[_Drawn[T]], stream: Stream, max_corrupt: int, on_skip: Callable[[], None]
+) -> Iterator[tuple[T, int]]:
     """Here, and not in the loader processes, because only here all samples pass in order."""
     skipped = in_a_row = 0
     for one in drawn:
         for fault in one.faults:
             skipped += 1
+            on_skip()
             log.warning("stream %s skips a sample, number %d so far: %s", stream, skipped, fault)
         for readable in one.readable:
             in_a_row = 0 if readable else in_a_row + 1

@@ -3,14 +3,17 @@
 import argparse
 import hashlib
 import math
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny import TAXONOMY, endless, samples
 
-from benchmarks import loader, oracle, peers, scale
+from benchmarks import faults_training, loader, oracle, peers, scale
 from benchmarks.zeroshot import JOB, RECIPES, World, trial
 from schemas.jobs import PretrainJob, load
 
@@ -90,3 +93,28 @@ def test_a_plan_is_checked_for_any_number_of_ranks() -> None:
     order._order = lambda epoch, number: whole(epoch, number)[[0, *range(len(whole(epoch, number)) - 1)]]
     with pytest.raises(AssertionError, match="window"):
         scale.check_structure(mixture, windows=3)
+
+
+def test_a_training_that_lost_or_doubled_anything_is_told_from_the_undisturbed_one() -> None:
+    def training(**changes: Any) -> Any:
+        steps = {step: {"loss": 1 / step, "epoch/segmentation": step / 6} for step in (1, 2, 3)}
+        told = {"learned": steps, "tracked": Counter(steps), "weights": b"w"}
+        return SimpleNamespace(**(told | changes))
+
+    whole = training()
+    rounded = {s: m | {"loss": m["loss"] * (1 + 1e-6)} for s, m in whole.learned.items()}
+    moved = {s: m | {"epoch/segmentation": s / 5} for s, m in whole.learned.items()}
+    cases = [
+        ({"learned": {s: whole.learned[s] for s in (1, 2)}}, "steps [3]"),
+        ({"tracked": Counter((1, 2, 2, 3))}, "MLflow has 4 losses of 3 steps"),
+        ({"tracked": Counter((1, 2, 2))}, "MLflow has 3 losses of 3 steps"),
+        ({"learned": moved}, "epoch/segmentation of step 1: 0.2 instead of"),
+    ]
+    for exact in (True, False):
+        assert faults_training.differences(training(), whole, exact=exact) == []
+        for changes, said in cases:
+            found = faults_training.differences(training(**changes), whole, exact=exact)
+            assert any(said in line for line in found), (said, found)
+    assert faults_training.differences(training(weights=b"v"), whole, exact=True) == ["the weights"]
+    assert len(faults_training.differences(training(learned=rounded), whole, exact=True)) == 3
+    assert faults_training.differences(training(learned=rounded), whole, exact=False) == []

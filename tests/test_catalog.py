@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from conftest import SMALL_SHARDS
 
@@ -19,7 +20,7 @@ from pipelines.export import export
 from pipelines.sheet import figure, write_sheet
 from pipelines.stream import read_samples
 from schemas.jobs import RebuildJob, load
-from schemas.records import MANIFEST, REJECTS, SAMPLES, Question, Split
+from schemas.records import MANIFEST, PARTS, REJECTS, SAMPLES, Question, Split
 from schemas.tasks import Stream
 from schemas.taxonomy import Category, Taxonomy
 
@@ -48,6 +49,11 @@ def test_what_was_published_is_opened(catalog: Catalog, demo_dataset: DatasetVer
         assert opened.card == demo_dataset.card
         assert opened.samples.equals(demo_dataset.samples)
         assert opened.samples["key"].to_pylist() == sorted(opened.samples["key"].to_pylist())
+    for split in get_args(Split):
+        part, whole = catalog.open(split=split).samples, demo_dataset.samples
+        assert {*SAMPLES.names} - {*part.column_names} == {f"{name}_hash" for name in PARTS}
+        expected = whole.filter(pc.equal(whole["split"], split)).select(part.column_names)
+        assert part.equals(expected) and len(expected)
 
 
 def test_a_whole_version_verifies(demo_dataset: DatasetVersion) -> None:

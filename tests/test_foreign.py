@@ -50,8 +50,10 @@ def test_what_cannot_be_used_is_skipped_named_and_bounded(
 ) -> None:
     good, bad = tar(tmp_path / "good.tar", ["a", "b"]), tar(tmp_path / "bad.tar", ["c"], caption=False)
     settings = {"seed": 0, "global_batch": 2, "rank": 0, "world_size": 1, "make_batch": told}
-    seen = islice(foreign_stream([good, bad], **settings), 4)
+    skipped: list[int] = []
+    seen = islice(foreign_stream([good, bad], on_skip=lambda: skipped.append(1), **settings), 4)
     assert {caption for batch, _ in seen for caption in batch} == {"picture a", "picture b"}
+    assert len(skipped) == caplog.text.count("c of ") > 0
     assert "c of " in caplog.text and "bad.tar" in caplog.text
     with pytest.raises(StreamError, match="none of 1 tars"):
         next(foreign_stream([bad], **settings))

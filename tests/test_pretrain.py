@@ -5,16 +5,19 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import SMALL_SHARDS
 from tiny import MODEL
 
 from jobs import console, dispatch, journal
 from jobs.console import Outcome
+from jobs.store import Busy, training_lock
 from jobs.tracking import TrackingError, connect
 from pipelines.catalog import DatasetVersion
 from schemas.jobs import CorpusConfig, load
@@ -93,7 +96,7 @@ def test_the_same_job_again_trains_afresh_with_the_same_curve(store: Path, first
     assert curve(store, again) == curve(store, first)
     folder, tracker = store / "runs" / again.facts["run"], connect(store)
     measured = journal.read(folder / "metrics.jsonl")[-1].metrics
-    assert {"val/panoptic/PQ", "epoch/segmentation", "memory/process_gb"} <= measured.keys()
+    assert {"val/panoptic/PQ", "epoch/segmentation", "memory/process_gb", "rejects"} <= measured.keys()
     kept = json.loads((folder / "checkpoints" / f"step-{STEPS:08d}" / "checkpoint.json").read_text())
     assert kept["metric"] == measured["val/panoptic/PQ"]
     run = tracker.version("demo", again.facts["version"]).run
@@ -103,13 +106,13 @@ def test_the_same_job_again_trains_afresh_with_the_same_curve(store: Path, first
 
 
 @contextmanager
-def terminated_when_training_begins(store: Path, name: str) -> Iterator[None]:
-    """SIGTERM for this process, which is the driver, as soon as a worker is there."""
+def meanwhile(due: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """`act` is called beside what the block does, once, as soon as it is due."""
 
     def wait() -> None:
         while not over.is_set():
-            if list((store / "runs").glob(f"{name}-*/checkpoints")):
-                os.kill(os.getpid(), signal.SIGTERM)
+            if due():
+                act()
                 return
             time.sleep(0.005)
 
@@ -135,7 +138,8 @@ def test_an_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(
 
     name = "name=interrupted"
     stopped = pytest.raises(ValueError, match=r"stopped as asked, at step [1-9]; the same job")
-    with terminated_when_training_begins(store, "interrupted"), stopped:
+    runs, terminate = store / "runs", partial(os.kill, os.getpid(), signal.SIGTERM)
+    with meanwhile(lambda: any(runs.glob("interrupted-*/checkpoints")), terminate), stopped:
         pretrain(store, name)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("jobs.evaluate.measure", killed)
@@ -149,6 +153,29 @@ def test_an_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(
     assert [row.step for row in journal.rows(folder / "metrics.jsonl")] == [*range(1, STEPS + 1)]
 
 
+def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost_or_doubled(
+    store: Path, first: Outcome
+) -> None:
+    def rows() -> int:
+        return sum(len(journal.rows(path)) for path in (store / "runs").glob("killed-*/metrics.jsonl"))
+
+    killed: list[int] = []
+
+    def kill() -> None:
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.kill()
+                killed.append(process.pid)
+
+    with meanwhile(lambda: rows() >= 5, kill):
+        outcome = pretrain(store, "name=killed", "train.max_failures=1")
+    assert killed and curve(store, outcome) == curve(store, first)
+    tracker = connect(store)
+    run = tracker.version("demo", outcome.facts["version"]).run
+    delivered = [metric.step for metric in tracker.client.get_metric_history(run, "loss")]
+    assert delivered == [*range(1, STEPS + 1)]
+
+
 def test_what_the_cluster_cannot_place_is_refused_at_once(store: Path) -> None:
     before = sorted((store / "runs").glob("*"))
     with pytest.raises(ValueError, match="4 worker.*4 CPUs of 2"):
@@ -156,6 +183,12 @@ def test_what_the_cluster_cannot_place_is_refused_at_once(store: Path) -> None:
     with pytest.raises(ValueError, match="1 GPUs of 0"):
         pretrain(store, "train.use_gpu=true")
     assert sorted((store / "runs").glob("*")) == before
+
+
+def test_a_training_that_is_under_way_is_not_begun_a_second_time(store: Path, first: Outcome) -> None:
+    name = first.facts["run"].rpartition("-")[0]
+    with training_lock(store, name), pytest.raises(Busy, match=rf"{name}' is under way .*{os.getpid()}\)"):
+        pretrain(store)
 
 
 def test_mlflow_that_does_not_answer_stops_a_training_before_it_starts(

@@ -6,12 +6,10 @@ import datetime
 import logging
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_trainer import fit, trainer
-from tiny import MODEL, VOCABULARY, endless, samples, train_config
+from tiny import MODEL, VOCABULARY, endless, files_of_at_most, samples, train_config
 
 from benchmarks.resume import Course, Streams, live
 from jobs.pretrain import stoppable
@@ -118,17 +116,6 @@ def test_what_a_kill_left_unfinished_is_no_checkpoint(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
     assert checkpoints(tmp_path).restore(trainer(**PLAIN)) is None
     assert not list(tmp_path.iterdir())
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The system refuses to write more, as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_is_full_once_is_survived_and_twice_stops_with_the_reason(

@@ -4,8 +4,10 @@ import io
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -51,6 +53,7 @@ def streamed(
     threads: int = 0,
     shards: Shards | None = None,
     max_corrupt: int = 16,
+    on_skip: Callable[[], None] = lambda: None,
 ) -> Iterator[Drawn]:
     return training_stream(
         [Weighted(version=version, shards=shards)],
@@ -64,6 +67,7 @@ def streamed(
         threads=threads,
         make_batch=keys_and_seeds,
         max_corrupt=max_corrupt,
+        on_skip=on_skip,
     )
 
 
@@ -188,11 +192,14 @@ def test_every_rank_draws_the_same_number_of_batches_whatever_is_corrupt(
     damaged: DatasetVersion, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of batch 1 nothing is left on rank 0, of batch 2 nothing at all."""
-    whole = list(islice(streamed(damaged), 5))
+    whole, skipped = list(islice(streamed(damaged), 5)), Counter[int]()
     lost = [key for key, _ in whole[1][0][:2] + whole[2][0]]
     for key in lost:
         flip_byte(damaged, key)
-    ranks = [list(islice(streamed(damaged, rank=rank, world_size=2), 4)) for rank in range(2)]
+    tellers = [partial(skipped.update, [rank]) for rank in range(2)]
+    streams = [streamed(damaged, rank=rank, world_size=2, on_skip=tell) for rank, tell in enumerate(tellers)]
+    ranks = [list(islice(stream, 4)) for stream in streams]
+    assert skipped == {0: 4, 1: 2}, "each by the rank whose share it is in, and once"
     for rank in ranks:
         assert [position for _, position in rank] == [4, 8, 16, 20]
     assert ranks[0][1][0] == whole[1][0][2:3], "the first readable sample of the global batch stands in"

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from test_catalog import publish_changed
-from tiny import MODEL, VOCABULARY, train_config
+from tiny import MODEL, VOCABULARY, files_of_at_most, train_config
 
 from jobs import datasets, journal
 from jobs.adopt import adopt
@@ -171,12 +171,12 @@ def test_a_server_that_is_down_is_one_clear_error(tmp_path: Path, monkeypatch: p
 
 def test_a_follower_delivers_everything_in_order(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    journal.append(path, 1, {"loss": 3.0})
+    journal.Writer(path).append(1, {"loss": 3.0})
     shown: list[int] = []
     delivered: list[MetricRow] = []
     with Follower(path, show=lambda row: shown.append(row.step), deliver=delivered.extend):
-        journal.append(path, 2, {"loss": 2.0})
-        journal.append(path, 3, {"loss": 1.0})
+        journal.Writer(path).append(2, {"loss": 2.0})
+        journal.Writer(path).append(3, {"loss": 1.0})
     assert [row.step for row in delivered] == [1, 2, 3]
     assert shown == [2, 3]
 
@@ -194,19 +194,21 @@ def test_rows_wait_while_mlflow_is_away(tmp_path: Path, monkeypatch: pytest.Monk
 
     with Follower(path, show=lambda row: None, deliver=deliver):
         for step in (1, 2):
-            journal.append(path, step, {"loss": 1.0})
+            journal.Writer(path).append(step, {"loss": 1.0})
             time.sleep(0.05)
     assert [row.step for row in delivered] == [1, 2]
 
 
-def test_a_step_that_was_done_again_to_the_same_end_is_delivered_once(tmp_path: Path) -> None:
-    """Also to a driver that begins anew. A step that came to another end (after a rewind) is delivered
-    again.
+def test_a_step_that_was_done_again_is_delivered_once(tmp_path: Path) -> None:
+    """Also where rounding differs (fewer ranks), and to a driver that begins anew. A step after a rewind,
+    which has other samples, is delivered again.
     """
     path = tmp_path / "metrics.jsonl"
-    for step, loss in ((1, 3.0), (2, 2.0), (3, 1.5), (2, 2.0), (3, 1.25)):
-        journal.append(path, step, {"loss": loss, "step_s": time.monotonic()})
-    journal.append(path, 3, {"val/vqa/accuracy": 50.0})
+    written = journal.Writer(path)
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 1.5), (2, 2.0), (3, 1.4999)):
+        written.append(step, {"loss": loss, "step_s": time.monotonic()})
+    written.append(3, {"loss": 1.25, "step_s": 0.1, "rewound": 4.0})
+    written.append(3, {"val/vqa/accuracy": 50.0})
     for _ in range(2):
         delivered: list[MetricRow] = []
         with Follower(path, show=lambda row: None, deliver=delivered.extend):
@@ -218,7 +220,7 @@ def test_a_step_that_was_done_again_to_the_same_end_is_delivered_once(tmp_path: 
             (3, 1.25),
             (3, None),
         ]
-    assert len(journal.rows(path)) == 6
+    assert len(journal.rows(path)) == 7
     last = journal.read(path)[-1].metrics
     assert (last["loss"], last["val/vqa/accuracy"]) == (1.25, 50.0)
 
@@ -228,10 +230,10 @@ def test_a_tracker_that_takes_its_time_does_not_hold_up_what_is_shown(
 ) -> None:
     monkeypatch.setattr(journal, "POLL_S", 0.01)
     path, shown, free = tmp_path / "metrics.jsonl", threading.Event(), threading.Event()
-    journal.append(path, 1, {"loss": 1.0})
+    journal.Writer(path).append(1, {"loss": 1.0})
     with Follower(path, show=lambda row: shown.set(), deliver=lambda rows: free.wait(20) and None):  # type: ignore[func-returns-value]
         time.sleep(0.1)  # the delivery is under way
-        journal.append(path, 2, {"loss": 1.0})
+        journal.Writer(path).append(2, {"loss": 1.0})
         assert shown.wait(10), "nothing was shown while the tracker was busy"
         free.set()
 
@@ -239,11 +241,28 @@ def test_a_tracker_that_takes_its_time_does_not_hold_up_what_is_shown(
 def test_the_curve_counts_a_repeated_step_once_and_survives_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step, loss in ((1, 9.0), (2, 8.0), (2, 7.0), (3, float("nan"))):
-        journal.append(path, step, {"loss": loss})
+        journal.Writer(path).append(step, {"loss": loss})
     with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "ti\n{"step": 5')
-    curve = journal.read(path)
-    assert [(row.step, row.metrics) for row in curve] == [(1, {"loss": 9.0}), (2, {"loss": 7.0}), (3, {})]
+    journal.Writer(path).append(6, {})  # by the attempt after the one that was killed
+    curve = [(row.step, row.metrics) for row in journal.read(path)]
+    assert curve == [(1, {"loss": 9.0}), (2, {"loss": 7.0}), (3, {}), (6, {})]
+
+
+def test_rows_that_a_full_disk_refuses_are_written_when_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written = journal.Writer(path)
+    written.append(1, {"loss": 3.0})
+    before = path.stat().st_size
+    with files_of_at_most(before + 20):
+        for step in (2, 3):
+            written.append(step, {"loss": 2.0})
+    assert "the metrics of step 3 wait for room" in caplog.text
+    assert path.stat().st_size == before + 20, "a part of a row was written"
+    written.append(4, {"loss": 1.0})
+    assert [row.step for row in journal.read(path)] == [1, 2, 3, 4]
 
 
 def test_each_store_keeps_its_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

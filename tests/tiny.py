@@ -4,7 +4,9 @@ A picture is sky over grass with two squares on it, a red and a blue or green on
 it follows from where they are. The line between sky and grass is void.
 """
 
+import resource
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -96,6 +98,17 @@ def endless(
         places = range(position, position + size)
         position += size
         yield make([of[i % len(of)] for i in places], list(places)), position
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to write more, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _sample(i: int, height: int, width: int) -> Sample:

@@ -245,7 +245,8 @@ def restore(trainer: Trainer, folder: Path) -> None:
         _fill(trainer.average, parts, "average")
     _fill_optimizer(trainer, parts)
     shared = parts[0]
-    trainer.step, trainer.positions, trainer.rewound = shared["step"], shared["positions"], shared["rewound"]
+    trainer.step, trainer.positions = shared["step"], shared["positions"]
+    trainer.rejects, trainer.rewound = shared["rejects"], shared["rewound"]
     own = folder / STATE.format(rank=trainer.rank)
     if own.is_file():
         set_chance(_load(own)["random"])
@@ -284,6 +285,7 @@ def _state(trainer: Trainer) -> dict[str, Any]:
     state: dict[str, Any] = {
         "step": trainer.step,
         "positions": dict(trainer.positions),
+        "rejects": trainer.rejects,
         "rewound": trainer.rewound,
         "random": chance(),
         "shares": trainer.world_size if cut else 1,

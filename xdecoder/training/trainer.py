@@ -94,6 +94,7 @@ class Trainer:
 
     step        steps done
     positions   samples taken from each stream so far, over all ranks
+    rejects     samples among them that could not be read
     average     of each weight, exponentially over steps; empty without `ema_decay`
     asked       whether this rank was asked to stop; it may be set from outside at any time
     stopping    whether any rank was, at the last step: all ranks see it at the same step
@@ -126,6 +127,7 @@ class Trainer:
         self.positions: dict[Stream, int] = {"segmentation": 0, "image_text": 0}
         self.average = {n: p.detach().clone() for n, p in self.model.named_parameters() if train.ema_decay}
         self.asked = self.stopping = False
+        self.rejects = self.skipped = 0
         self.rewound: int | None = None
         torch.manual_seed(train.seed * 1_000_003 + rank)  # then each rank draws its own points
 
@@ -137,6 +139,10 @@ class Trainer:
     def make_batch(self, stream: Stream) -> BatchMaker:
         setting = Setting(model=self.model.config, train=self.config, vocabulary=self.vocabulary)
         return BatchMaker(stream=stream, setting=setting)
+
+    def skip(self) -> None:
+        """A stream of this rank has a sample that cannot be read; the next step tells the other ranks."""
+        self.skipped += 1
 
     def fit(
         self,
@@ -176,15 +182,17 @@ class Trainer:
             group["lr"] = rate * group["scale"]
         terms = self._gradients([to_device(micro, self.device) for micro in micros])
         norm = parallel.finish(self.objective, self.model.parameters(), self.config.optim.clip)
-        asked = norm.new_tensor(float(self.asked))
-        shared = joined.total(torch.stack([*terms.values(), asked])) / joined.world()
-        *values, norm_value, stopping = torch.cat((shared[:-1], norm[None], shared[-1:])).tolist()
+        said = norm.new_tensor([float(self.asked), float(self.skipped)])
+        shared = joined.total(torch.cat((torch.stack([*terms.values()]), said)))
+        means, sums = shared[: len(terms)] / joined.world(), shared[len(terms) :]
+        *values, norm_value, asked, skipped = torch.cat((means, norm[None], sums)).tolist()
         metrics = dict(zip(terms, values, strict=True)) | {"grad_norm": norm_value}
+        self.rejects, self.skipped = self.rejects + round(skipped), 0
         self._check(metrics, micros)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
-        self.step, self.stopping = self.step + 1, stopping > 0
+        self.step, self.stopping = self.step + 1, asked > 0
         # a term that is exactly zero had nothing to learn from, and would only dilute the logged mean
         return {name: value for name, value in metrics.items() if value or "/" not in name} | {"lr": rate}
 
