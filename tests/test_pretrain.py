@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -126,6 +126,14 @@ def meanwhile(due: Callable[[], bool], act: Callable[[], None]) -> Iterator[None
         thread.join()
 
 
+def terminated_when_training_begins(store: Path, name: str) -> AbstractContextManager[None]:
+    """SIGTERM for this process, which is the driver, as soon as a worker is there."""
+    runs = store / "runs"
+    return meanwhile(
+        lambda: any(runs.glob(f"{name}-*/checkpoints")), partial(os.kill, os.getpid(), signal.SIGTERM)
+    )
+
+
 def test_an_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(
     store: Path, first: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,8 +146,7 @@ def test_an_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(
 
     name = "name=interrupted"
     stopped = pytest.raises(ValueError, match=r"stopped as asked, at step [1-9]; the same job")
-    runs, terminate = store / "runs", partial(os.kill, os.getpid(), signal.SIGTERM)
-    with meanwhile(lambda: any(runs.glob("interrupted-*/checkpoints")), terminate), stopped:
+    with terminated_when_training_begins(store, "interrupted"), stopped:
         pretrain(store, name)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("jobs.evaluate.measure", killed)
