@@ -4,12 +4,11 @@
 
 `build` against a plain reader-and-tarrer in one process, goal 0.9 of its speed a core: it decodes every
 photograph to its last row, as a check, and every RGB label map; makes of the colours ids and of the ids an
-index map, by a loop over the listed segments, as converters of this field do (six times as fast as
-`np.unique`); and tars photograph, index map and JSON, hashing what it writes. It skips what else a build
-does: it trusts the paths, checks no ids, areas or boxes, looks for no copies, keeps no index, flushes nothing
-to disk. One worker is compared in seconds of CPU; more, on a Ray that runs already, by the clock, for which
-the machine must be quiet. `index maps`: label maps as the shards hold them against RGB codes, both to ids;
-goal 2.5 times the speed.
+index map, by a loop over the listed segments, as converters of this field do; and tars photograph, index map
+and JSON, hashing what it writes. It skips what else a build does: it trusts the paths, checks no ids, areas
+or boxes, looks for no copies, keeps no index, flushes nothing to disk. One worker is compared in seconds of
+CPU; more, on a Ray that runs already, by the clock, for which the machine must be quiet. `index maps`: label
+maps as the shards hold them against RGB codes, both to ids; goal 2.5 times the speed.
 """
 
 import argparse

@@ -59,18 +59,19 @@ build(corpora, config, Catalog(Path(sys.argv[1]), "demo"), session=session)
 
 
 def start(
-    store: Path, corpora: Sequence[CorpusConfig], workers: int, *, obedient: bool = False
+    store: Path, corpora: Sequence[CorpusConfig], workers: int, errors: Path, *, obedient: bool = False
 ) -> subprocess.Popen[str]:
-    """A build in a process of its own, past its imports."""
+    """A build in a process of its own, past its imports; `errors` is the file for what it says."""
     command = [sys.executable, "-c", BUILD, str(store), str(workers), *(c.model_dump_json() for c in corpora)]
-    process = subprocess.Popen(
-        [*(OBEDIENT if obedient else ()), *command],
-        cwd=ENTRY,
-        env=os.environ | {"PYTHONPATH": str(ENTRY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    with errors.open("wb") as said:
+        process = subprocess.Popen(
+            [*(OBEDIENT if obedient else ()), *command],
+            cwd=ENTRY,
+            env=os.environ | {"PYTHONPATH": str(ENTRY)},
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        )
     assert process.stdout is not None and process.stdout.readline() == "ready\n", "the build did not start"
     return process
 
@@ -154,7 +155,7 @@ def trial(
     chance: random.Random,
 ) -> str:
     """One fault on a copy of the store `served`; what happened, in a line. Raises `AssertionError`."""
-    store = place / "store"
+    store, errors = place / "store", place.with_name(f"{place.name}.log")  # not on a disk that is full
     shutil.copytree(served, store)
     before = Catalog(store, "demo").current()
     if kind == "full":
@@ -162,12 +163,14 @@ def trial(
         used = sum(-(-p.stat().st_size // 4096) * 4096 for p in store.rglob("*") if p.is_file())
         subprocess.run(["mount", "-o", f"remount,size={used + 2**17 + free}", str(place)], check=True)
     process = start(
-        store, corpora, 2 if kind in ("cluster", "worker", "raylet") else 1, obedient=kind == "denied"
+        store, corpora, 2 if kind in ("cluster", "worker", "raylet") else 1, errors, obedient=kind == "denied"
     )
     done = f"{free >> 10} KB free" if kind == "full" else "it had ended"
     if kind != "full" and wait_for(process, store, chance.randrange(0, 40)):
         done = strike(kind, process, store, chance)
     status = end(process)
+    if status > 0 and done == "it had ended":  # by itself: a machine without room for a Ray, say
+        done += f" ({(errors.read_text().splitlines() or ['silent'])[-1]:.300})"
     if kind == "full":
         subprocess.run(["mount", "-o", "remount,size=1g", str(place)], check=True)
     for path in store.rglob("*"):
