@@ -273,7 +273,7 @@ def hung(trial: Trial, process: Job, stage: Stage) -> str:
     frozen = time.time()
     workers(process.pid)[-1].suspend()
     trial.finish(process)
-    named = re.search(r"a rank does not come: .*[Rr]anks? 1 failed to pass", trial.said)
+    named = re.search(r"a rank does not come: .*[Rr]anks? \d", trial.said)
     assert named, f"the rank is not named:\n{trial.said[-3000:]}"
     return f"the rank was named, the next step after {trial.back(frozen):.1f} s, 15 of them patience"
 
