@@ -16,9 +16,9 @@ elastic     a node is lost, training goes on with one worker; a node joins, and 
 
 Survived is a fault where every step is in the journal and, once, in MLflow, with the place in the epoch and
 the loss that the undisturbed training has, and where the weights are the same, all to the last bit. Where the
-number of workers changes, losses are compared to 1e-3: nothing is drawn by chance there, so a sample that is
-lost or comes twice shows in the first digits. `elastic` takes five minutes, as Ray Train looks for new nodes
-once a minute; the others take one.
+number of workers changes, losses are compared to 1e-4: nothing is drawn by chance there and next to nothing
+learned, so a sample that is lost or comes twice shows in the second digit. `elastic` takes five minutes, as
+Ray Train looks for new nodes once a minute; the others take one.
 """
 
 import argparse
@@ -48,8 +48,15 @@ from jobs.store import read_json
 WORKER = "RayTrainWorker"
 PATIENCE_S = 600.0
 SMALL_BYTES = 100_000  # less than a checkpoint of the tiny model, more than a log
-# Where the number of workers changes: nothing drawn by chance, small steps (rounding grows with them).
-UNCHANCED = ("train.loss.points=0", "train.optim.lr=0.00002", "train.checkpoint_every=20")
+# Where the number of workers changes: nothing is drawn by chance and next to nothing learned, as rounding
+# grows with what is learned. So the loss of a step tells of its samples alone.
+UNCHANCED = (
+    "train.loss.points=0",
+    "train.optim.lr=0.00000001",
+    "train.checkpoint_every=20",
+    "train.batch={segmentation: 16, image_text: 16}",
+)
+LIKE = 1e-4  # in the middle, steps beside each other differ by 2e-2
 Job = subprocess.Popen[bytes]
 
 
@@ -271,7 +278,7 @@ def hung(trial: Trial, process: Job, stage: Stage) -> str:
     frozen = time.time()
     workers(process.pid)[-1].suspend()
     trial.finish(process)
-    named = re.search(r"a rank does not come: .*[Rr]anks? 1 failed to pass", trial.said)
+    named = re.search(r"a rank does not come: .*[Rr]anks? \d", trial.said)
     assert named, f"the rank is not named:\n{trial.said[-3000:]}"
     return f"the rank was named, the next step after {trial.back(frozen):.1f} s, 15 of them patience"
 
@@ -356,7 +363,9 @@ def differences(trial: Trial, whole: Trial, *, exact: bool) -> list[str]:
         wrong.append(f"MLflow has {trial.tracked.total()} losses of {len(expected)} steps")
     for step in found.keys() & expected.keys():
         for name, value in expected[step].items():
-            tolerance = 0.0 if exact or not name.startswith("loss") else 1e-3
+            if not exact and name.startswith(("loss/", "grad")):
+                continue  # rounding moves a ReLU, or a cell of masked attention, across its threshold
+            tolerance = LIKE if name == "loss" and not exact else 0.0
             if not math.isclose(found[step].get(name, math.nan), value, rel_tol=tolerance):
                 wrong.append(f"{name} of step {step}: {found[step].get(name)} instead of {value}")
     if exact and trial.weights != whole.weights:
@@ -396,7 +405,7 @@ def main() -> None:
     parser.add_argument("faults", nargs="*", default=list(FAULTS), help=", ".join(FAULTS))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument(
-        "--elastic-steps", type=int, default=300, help="so many that a minute passes with one worker"
+        "--elastic-steps", type=int, default=240, help="so many that a minute passes with one worker"
     )
     parser.add_argument("--store", type=Path, help="has the dataset demo; else a small one is built")
     arguments = parser.parse_args()

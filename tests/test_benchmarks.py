@@ -98,7 +98,7 @@ def test_a_plan_is_checked_for_any_number_of_ranks() -> None:
 def test_a_training_that_lost_or_doubled_anything_is_told_from_the_undisturbed_one() -> None:
     def training(**changes: Any) -> Any:
         steps = {step: {"loss": 1 / step, "epoch/segmentation": step / 6} for step in (1, 2, 3)}
-        told = {"learned": steps, "tracked": Counter(steps), "weights": b"w"}
+        told = {"learned": steps, "tracked": Counter(list(steps)), "weights": b"w"}
         return SimpleNamespace(**(told | changes))
 
     whole = training()
