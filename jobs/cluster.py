@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -51,6 +52,8 @@ def session(num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if not os.environ.get("RAY_ADDRESS"):
+            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 
 def require(*, workers: int, cpus: float, gpus: float) -> None:
@@ -94,8 +97,14 @@ def _connect(address: str | None, num_cpus: int | None) -> None:
         raise ClusterError(
             f"RAY_ADDRESS={address} is a job server: use `ray job submit`, or unset RAY_ADDRESS to run here"
         )
+    settings: dict[str, Any] = {"logging_level": logging.WARNING}
+    if not address:
+        settings |= {"num_cpus": num_cpus, "dashboard_port": _free_port()}
+        # Ray Train asks there whether its controller lives, and where nobody says where to ask, asks another
+        # cluster of this machine: that one does not know the controller, and the training is taken down
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{settings['dashboard_port']}"
     try:
-        ray.init(address or "local", num_cpus=None if address else num_cpus, logging_level=logging.WARNING)
+        ray.init(address or "local", **settings)
     except ConnectionError as error:
         raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
     except Exception as error:  # whatever a node that did not come up in time raises
@@ -107,3 +116,10 @@ def _connect(address: str | None, num_cpus: int | None) -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our builds speak for themselves
     have = resources()
     log.info("Ray %s: %g CPUs, %g GPUs", address or "started here", have.get("CPU", 0), have.get("GPU", 0))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

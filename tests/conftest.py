@@ -23,7 +23,10 @@ def ray_session() -> Iterator[None]:
     """A local Ray of two CPUs."""
     import ray  # here, so that tests that need no Ray start at once
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as environment:
+        # its processes would ask the dashboard of another cluster, if the machine has one, whether they live
+        environment.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
