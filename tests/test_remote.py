@@ -31,6 +31,7 @@ from pipelines.cache import CachedShards
 from pipelines.catalog import Catalog, CatalogError, DatasetVersion, content_id, names_there
 from pipelines.remote import Remote, RemoteError
 from pipelines.shards import file_sha256
+from pipelines.stream import read_samples
 from schemas.jobs import CorpusConfig, load
 from schemas.records import MANIFEST
 from xdecoder.training.checkpoint import Checkpoints
@@ -132,6 +133,8 @@ def test_what_one_machine_publishes_another_reads(
     whole = list(islice(streamed(demo_dataset), 8))
     for how in ({}, {"workers": 1}, {"threads": 2}):
         assert list(islice(streamed(version, **how), 8)) == whole  # type: ignore[arg-type]
+    evaluated = [sample.key for sample in read_samples(version, split="val", stream="segmentation")]
+    assert evaluated == [s.key for s in read_samples(demo_dataset, split="val", stream="segmentation")]
     cached = CachedShards(version.source(), tmp_path / "cache", 10**8, version.manifest)
     assert list(islice(streamed(version, shards=cached, workers=1), 8)) == whole
     assert not list(store.rglob("*.tar"))
@@ -342,8 +345,11 @@ def test_checkpoints_lie_there_and_a_damaged_one_gives_way(
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_training_goes_on_upon_another_machine(
-    demo_dataset: DatasetVersion, machine: Machine, uri: str
+    demo_dataset: DatasetVersion, machine: Machine, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
     def pretrain(store: Path) -> Outcome:
         tasks = ["train.tasks=[captioning]", "evaluate.tasks=[captioning]"]
         return dispatch.run(
@@ -360,7 +366,10 @@ def test_a_training_goes_on_upon_another_machine(
     (first,) = [json.loads(path.read_text()) for path in (store / "runs").glob("*/run.json")]
     shutil.rmtree(store)
     store = machine(uri, "two")
-    outcome = pretrain(store)
-    assert names_in(store / "runs") == [outcome.facts["run"]] and not first["finished"]
-    steps = [row.step for row in journal.rows(store / "runs" / outcome.facts["run"] / "metrics.jsonl")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the rest is as on one machine
+        patch.setattr("jobs.evaluate.measure", killed)
+        pretrain(store)
+    (run,) = names_in(store / "runs")
+    assert not first["finished"] and (store / "runs" / run / "model").is_dir()
+    steps = [row.step for row in journal.rows(store / "runs" / run / "metrics.jsonl")]
     assert steps == [*range(1, 9)], "the curve of before the move came along, and no step was done twice"
