@@ -405,7 +405,7 @@ def main() -> None:
     parser.add_argument("faults", nargs="*", default=list(FAULTS), help=", ".join(FAULTS))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument(
-        "--elastic-steps", type=int, default=240, help="so many that a minute passes with one worker"
+        "--elastic-steps", type=int, default=400, help="so many that a minute passes with one worker"
     )
     parser.add_argument("--store", type=Path, help="has the dataset demo; else a small one is built")
     arguments = parser.parse_args()
