@@ -98,8 +98,7 @@ seen.set()
 def test_a_thread_that_makes_batches_starts_no_others() -> None:
     """With more OpenMP threads than cores all barriers of a training sleep: its step took twice as long."""
     command = [sys.executable, "-c", THREADS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "4"}
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["1"]
+    tests = Path(__file__).parent
+    environment = os.environ | {"OMP_NUM_THREADS": "4", "PYTHONPATH": str(tests.parent)}
+    done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1"], done.stderr
