@@ -1,6 +1,6 @@
 """How long does a step of the demo wait for its data, and what does each way of preparing it ahead cost?
 
-    python -m benchmarks.data_wait [--store store] [--rounds 6] [--steps 10]
+    python -m benchmarks.data_wait [--store store] [--rounds 6] [--steps 10] [--switch 0.005]
 
 After `python -m jobs jobs/rebuild.yaml`. Paired in one run: the model, batches and settings of
 jobs/pretrain.yaml train on, and every round gives each way so many steps in turn. Wait as a share of the
@@ -9,11 +9,13 @@ step, by median over the rounds.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from jobs.worker import SWITCH_S
 from pipelines.catalog import Catalog
 from pipelines.stream import training_stream
 from schemas.jobs import PretrainJob, load
@@ -39,8 +41,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of each way in a round")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is the peer")
     parser.add_argument("--threads", type=int, default=2, help="of the training")
+    parser.add_argument(
+        "--switch", type=float, default=SWITCH_S, help="seconds (see `sys.setswitchinterval`)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    sys.setswitchinterval(arguments.switch)
     job = load("jobs/pretrain.yaml")
     assert isinstance(job, PretrainJob)
     data = Catalog(arguments.store, job.dataset.name).open()

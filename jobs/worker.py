@@ -9,6 +9,7 @@ import datetime
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -36,6 +37,9 @@ from xdecoder.training.checkpoint import Checkpoints
 from xdecoder.training.trainer import NonFiniteLoss, StepReport, Trainer
 
 log = logging.getLogger(__name__)
+# how long a thread that prepares batches may keep the training waiting for the interpreter (Python's 5 ms
+# make a step 6 % longer: benchmarks.data_wait)
+SWITCH_S = 0.0003
 LOOK_S = 0.5  # how often rank 0 looks for a request to stop
 ROLL_CALL_S = 20.0  # how long the ranks are waited for when one of them hangs
 
@@ -97,6 +101,7 @@ def work(duty: Duty) -> Ending:
     """
     console.configure()
     _keep_freed_memory()
+    sys.setswitchinterval(SWITCH_S)
     torch.set_num_threads(duty.cpus)
     context = ray.train.get_context()
     trainer = Trainer(
