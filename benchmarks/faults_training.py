@@ -35,13 +35,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks.resume import ROOT, TINY, build
-from jobs import journal
+from jobs import cluster, journal
 from jobs.journal import MetricRow
 from jobs.store import read_json
 
@@ -165,9 +166,7 @@ class Server:
 
     def start(self) -> None:
         if not self.port:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self.port = free.getsockname()[1]
+            self.port = cluster.free_port()
         command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow-server.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
@@ -242,19 +241,11 @@ def worker(trial: Trial, process: Job, stage: Stage) -> str:
     return f"the next step after {trial.back(killed):.1f} s"
 
 
-def driver(trial: Trial, process: Job, stage: Stage) -> str:
+def driver(trial: Trial, process: Job, stage: Stage, *, alone: bool = False) -> str:
+    """`alone`: without what it started."""
     trial.reach(trial.steps // 2, process)
     killed = time.time()
-    kill(process.pid)
-    process.wait()
-    trial.finish(trial.submit())
-    return f"the next step after {trial.back(killed):.1f} s"
-
-
-def submitter(trial: Trial, process: Job, stage: Stage) -> str:
-    trial.reach(trial.steps // 2, process)
-    killed = time.time()
-    process.kill()
+    process.kill() if alone else kill(process.pid)
     process.wait()
     trial.finish(trial.submit())
     return f"the next step after {trial.back(killed):.1f} s"
@@ -343,7 +334,7 @@ class Fault:
 FAULTS = {
     "worker": Fault(act=worker),
     "driver": Fault(act=driver),
-    "submitter": Fault(act=submitter, stage=Stage.gather),
+    "submitter": Fault(act=partial(driver, alone=True), stage=Stage.gather),
     "sigterm": Fault(act=sigterm),
     "hung": Fault(act=hung, overrides=["train.collective_timeout_s=15"]),
     "full": Fault(act=full, overrides=["train.max_failures=0"]),

@@ -99,7 +99,7 @@ def _connect(address: str | None, num_cpus: int | None) -> None:
         )
     settings: dict[str, Any] = {"logging_level": logging.WARNING}
     if not address:
-        settings |= {"num_cpus": num_cpus, "dashboard_port": _free_port()}
+        settings |= {"num_cpus": num_cpus, "dashboard_port": free_port()}
         # Ray Train asks there whether its controller lives, and where nobody says where to ask, asks another
         # cluster of this machine: that one does not know the controller, and the training is taken down
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{settings['dashboard_port']}"
@@ -118,7 +118,7 @@ def _connect(address: str | None, num_cpus: int | None) -> None:
     log.info("Ray %s: %g CPUs, %g GPUs", address or "started here", have.get("CPU", 0), have.get("GPU", 0))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

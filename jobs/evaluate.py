@@ -22,7 +22,7 @@ from jobs.journal import MetricRow
 from jobs.store import catalog_of, digest, digest_files
 from jobs.tracking import Tracker, connect
 from pipelines.catalog import DatasetVersion
-from pipelines.stream import read_samples
+from pipelines.stream import admitted, read_samples
 from schemas.jobs import EvaluateConfig, EvaluateJob
 from schemas.records import Sample
 from schemas.tasks import NEEDS, STREAM_FIELDS, Stream, Task
@@ -131,11 +131,9 @@ def examine(model: Path, data: DatasetVersion, config: EvaluateConfig, folder: P
 
 def examinable(data: DatasetVersion, config: EvaluateConfig) -> tuple[Task, ...]:
     """Those of the tasks for which the images that would be looked at tell the truth, say when few are."""
-    split = data.samples.filter(pc.equal(data.samples["split"], config.split)).sort_by("key")
     told = set()
-    for fields in STREAM_FIELDS.values():
-        admitted = split.filter(pc.greater(pc.add(*(split[field] for field in fields)), 0))
-        looked_at = admitted.slice(0, config.limit or None)
+    for stream, fields in STREAM_FIELDS.items():
+        looked_at = admitted(data, config.split, stream).sort_by("key").slice(0, config.limit or None)
         told |= {field for field in fields if pc.any(pc.greater(looked_at[field], 0)).as_py()}
     return tuple(task for task in config.tasks if NEEDS[task] in told)
 

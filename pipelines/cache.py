@@ -10,7 +10,6 @@ process, the next one goes on. What is deleted while a process reads it stays re
 """
 
 import fcntl
-import hashlib
 import logging
 import os
 import threading
@@ -23,7 +22,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.remote import Remote, RemoteError
+from pipelines.remote import Remote, RemoteError, copy
 from pipelines.shards import file_sha256
 
 log = logging.getLogger(__name__)
@@ -113,24 +112,27 @@ class RemoteShards:
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """All of a shard. Raises `OSError`."""
-        return self.remote.chunks(self.names.get(name, name))
+        return self.remote.chunks(self._there(name))
 
     def problem(self, name: str, digest: str) -> str:
         """What is wrong with a shard that should have this SHA-256, or nothing."""
-        there = self.names.get(name, name)
+        there = self._there(name)
         try:
             return "" if self.remote.sha256(there) == digest else f"{self}/{there}: its bytes changed"
         except OSError as error:
             return f"{self}/{there}: {error}"
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        there = self.names.get(name, name)
+        there = self._there(name)
         file = self._open.get(name, lambda _: self.remote.open(there))
         with self.remote.explained("read", there):
             return bytes(file.read_at(length, offset))
 
     def mend(self, name: str) -> bool:
         return False
+
+    def _there(self, name: str) -> str:
+        return self.names.get(name, name)
 
     def __str__(self) -> str:
         return str(self.remote)
@@ -221,13 +223,10 @@ class CachedShards(LocalShards):
 
     def _copy(self, name: str, part: Path) -> str:
         """Returns the hash of what was copied."""
-        whole = hashlib.sha256()
         with part.open("r+b") as file:
-            for data in self.source.chunks(name):
-                whole.update(data)
-                file.write(data)
+            digest = copy(self.source.chunks(name), file)
             file.truncate()
-        return whole.hexdigest()
+        return digest
 
     def _reserve(self, part: Path, size: int) -> None:
         """Give the unfinished file its whole length, as soon as there is room for it."""

@@ -217,7 +217,7 @@ class Catalog:
             there = self.remote.list("versions").items()
             cards = [(file.mtime_ns, name.partition("/")[0]) for name, file in there if name.endswith(CARD)]
             return tuple(version for _, version in sorted(cards))
-        found = [p for p in (self.root / "versions").glob("*") if (p / "dataset.json").is_file()]
+        found = [p for p in (self.root / "versions").glob("*") if (p / CARD).is_file()]
         return tuple(p.name for p in sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name)))
 
     def current(self) -> str | None:
@@ -244,7 +244,7 @@ class Catalog:
         if self.remote is not None and not (folder / CARD).is_file():
             self._fetch(self.remote / "versions" / wanted, folder)
         try:
-            card = DatasetCard.model_validate_json((folder / "dataset.json").read_bytes())
+            card = DatasetCard.model_validate_json((folder / CARD).read_bytes())
             tables = {name: _read(folder, name, split) for name in _TABLES}
         except (OSError, ValidationError, pa.ArrowException) as error:
             raise CatalogError(f"{folder} cannot be read: {error}; roll back, or rebuild") from None
@@ -254,7 +254,7 @@ class Catalog:
             shards_root=self.shards_root,
             folder=folder,
             remote=self.remote,
-            lease=_Lease(folder / "dataset.json"),
+            lease=_Lease(folder / CARD),
             **tables,
         )
 
@@ -264,14 +264,14 @@ class Catalog:
         Where it exists and is current already, nothing is written.
         """
         folder = self.root / "versions" / card.version
-        new = not (folder / "dataset.json").is_file()
+        new = not (folder / CARD).is_file()
         if new:
             staging = folder.with_name(f".{card.version}.tmp")
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
             for name, table in zip(_TABLES, (manifest, samples, rejects), strict=True):
                 pq.write_table(table, staging / f"{name}.parquet")
-            write_atomically(staging / "dataset.json", card.model_dump_json(indent=1).encode())
+            write_atomically(staging / CARD, card.model_dump_json(indent=1).encode())
             hashes = {path.name: file_sha256(path) for path in sorted(staging.iterdir())}
             write_atomically(staging / CHECKSUMS, json.dumps(hashes).encode())
             sync_folder(staging)
@@ -472,7 +472,7 @@ def _read(folder: Path, table: str, split: Split | None) -> pa.Table:
 
 def _in_use(folder: Path) -> bool:
     """Whether a process holds a lease of the version in this folder."""
-    with (folder / "dataset.json").open("rb") as file:
+    with (folder / CARD).open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

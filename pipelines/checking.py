@@ -48,7 +48,7 @@ def check(order: CheckOrder) -> CheckReport:
     with appearing(maps, durable=False) as file:
         for corpus, rule, document in _documents(work, order.prefix):
             row = rows.row(corpus, rule, document)
-            runs = [known.ask(*wanted) for wanted in files_of(row)][-1]
+            runs = [known.ask(*wanted) for wanted in files_of(row)][-1]  # of the label map, which is last
             judged = judge(row, known.files)
             if isinstance(judged, Reject):
                 refused.append(judged.model_dump())

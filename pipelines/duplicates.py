@@ -40,7 +40,7 @@ _BANDS, _BAND_BITS = 3, 21
 _CHUNK = 1 << 15  # hashes looked up at a time: 6 MB of probes a band
 _PAIRS = 1 << 20  # candidates compared at a time
 _VERIFIED = 256  # thumbnails aligned at a time: 20 MB
-_AT_FIRST = 2.0  # how much more colours may differ before pictures are aligned, which costs 20x as much
+_AT_FIRST = 2.0  # how much more colours may differ before pictures are aligned, which costs much more
 
 
 class Thumbnails(Protocol):

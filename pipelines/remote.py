@@ -68,17 +68,17 @@ class Remote:
         return b"".join(self.chunks(name))
 
     def sha256(self, name: str) -> str:
-        return _copy(self.chunks(name))
+        return copy(self.chunks(name))
 
     def download(self, name: str, path: Path) -> str:
         """Returns the SHA-256 of what came. The file takes its name when all of it is there."""
         with appearing(path) as file:
-            return _copy(self.chunks(name), file)
+            return copy(self.chunks(name), file)
 
     def upload(self, path: Path, name: str) -> str:
         """Returns the SHA-256 of what went."""
         with path.open("rb") as local, self._written(name) as file:
-            return _copy(iter(lambda: local.read(_CHUNK), b""), file)
+            return copy(iter(lambda: local.read(_CHUNK), b""), file)
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a file in one step."""
@@ -132,7 +132,7 @@ class Remote:
             raise _refused(doing, f"{self.uri}/{name}", error) from error
 
 
-def _copy(chunks: Iterable[bytes], file: Any = None) -> str:
+def copy(chunks: Iterable[bytes], file: Any = None) -> str:
     """Returns the SHA-256 of what passed."""
     whole = hashlib.sha256()
     for data in chunks:

@@ -221,16 +221,20 @@ class _Index:
         return data
 
 
+def admitted(version: DatasetVersion, split: Split, stream: Stream) -> pa.Table:
+    """Rows of the samples of a split that a stream admits, in the table's order."""
+    annotated = pc.greater(pc.add(*(version.samples[field] for field in STREAM_FIELDS[stream])), 0)
+    return version.samples.filter(pc.and_(pc.equal(version.samples["split"], split), annotated))
+
+
 def members(version: DatasetVersion, split: Split, stream: Stream) -> pa.Table:
-    """Rows of the samples of a split that a stream admits. Raises `ValueError` where there are none."""
-    fields = STREAM_FIELDS[stream]
-    admitted = pc.greater(pc.add(*(version.samples[field] for field in fields)), 0)
-    rows = version.samples.filter(pc.and_(pc.equal(version.samples["split"], split), admitted))
+    """The same. Raises `ValueError` where there are none."""
+    rows = admitted(version, split, stream)
     if not len(rows):
         raise ValueError(
             f"dataset {version.card.dataset!r} {version.id} has no {split} sample with "
-            f"{' or '.join(fields)}, which stream {stream!r} needs; it holds {_holdings(version)}; "
-            "add a corpus that has some and rebuild"
+            f"{' or '.join(STREAM_FIELDS[stream])}, which stream {stream!r} needs; it holds "
+            f"{_holdings(version)}; add a corpus that has some and rebuild"
         )
     return rows
 

@@ -116,7 +116,7 @@ def encoded(folder: Path) -> dict[str, tuple[str, Any]]:
 def test_every_encoding_gives_the_ids_that_it_means(tmp_path: Path, encoding: str) -> None:
     place, ids = encoded(tmp_path)[encoding]
     found = labels.read(place, LIMIT)
-    assert np.array_equal(found.runs.pixels, ids)
+    assert np.issubdtype(found.runs.pixels.dtype, np.integer) and np.array_equal(found.runs.pixels, ids)
     facts, runs = inspect("labels", place, LIMIT)
     assert runs is not None and np.array_equal(runs.pixels, ids)
     assert not facts.fault and (facts.height, facts.width) == (2, 3) and facts.sha256 == found.sha256

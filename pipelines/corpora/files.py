@@ -209,7 +209,7 @@ def _named(corpus: CorpusConfig, setting: str) -> Path:
 def _inside(corpus: CorpusConfig, *parts: str) -> tuple[str, str]:
     """The root and what lies below it, links followed; `ValueError` where that leads outside.
 
-    As texts, which is twice as fast as with `Path`: it is asked for every file.
+    As texts: with `Path` it would cost more, and it is asked for every file.
     """
     root = os.path.realpath(corpus.root)
     path = os.path.realpath(os.path.join(root, *parts))

@@ -93,7 +93,7 @@ class Batch:
 def collate(views: Sequence[View], works: tuple[Work, ...]) -> Batch:
     """Views of one side -> a batch."""
     # numpy, because torch would start a pool of threads wherever batches are made; with more of them than
-    # cores OpenMP puts threads to sleep at every barrier, and a training beside it takes twice the time
+    # cores OpenMP puts threads to sleep at every barrier, and a training beside it takes much longer
     pixels = np.stack([view.image for view in views]).astype(np.float32)
     pixels /= 255
     padding = np.ones(pixels.shape[:3], dtype=bool)
