@@ -10,6 +10,7 @@ before it made the model, over two steps. The first run makes an environment wit
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -185,6 +186,11 @@ def _held_mb() -> float:
     return int(kilobytes) / 1024
 
 
+def _again(recipes: list[str], arguments: argparse.Namespace) -> list[str]:
+    options = ["--rounds", str(arguments.rounds), "--threads", str(arguments.threads)]
+    return ["--recipes", *recipes, *options, *(["--wall"] if arguments.wall else [])]
+
+
 def main() -> None:
     huggingface.enter("benchmarks.peers")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -198,14 +204,16 @@ def main() -> None:
     if arguments.peak:
         print(grown_mb(arguments.recipes[0], arguments.peak))
         return
+    first, *others = arguments.recipes
     clock = time.perf_counter if arguments.wall else time.process_time
     seconds = "wall" if arguments.wall else "CPU"
-    for recipe in arguments.recipes:
-        size = f"{PICTURES} pictures of {SIDE} pixels, {QUERIES} queries"
-        print(f"\n{recipe}, ResNet-50, {size}; {seconds} seconds")
-        compare(recipe, arguments.rounds, clock)
-        held = {side: peak_mb(recipe, side) for side in SIDES}
-        print("memory " + ", ".join(f"{side} {mb:.0f} MB" for side, mb in held.items()), flush=True)
+    size = f"{PICTURES} pictures of {SIDE} pixels, {QUERIES} queries"
+    print(f"\n{first}, ResNet-50, {size}; {seconds} seconds")
+    compare(first, arguments.rounds, clock)
+    held = {side: peak_mb(first, side) for side in SIDES}
+    print("memory " + ", ".join(f"{side} {mb:.0f} MB" for side, mb in held.items()), flush=True)
+    if others:  # in a new process: where freed memory lies after one recipe slows the next
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.peers", *_again(others, arguments)])
 
 
 if __name__ == "__main__":

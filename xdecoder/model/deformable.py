@@ -116,7 +116,7 @@ class DeformablePixelDecoder(nn.Module):
         ):
             size = feature.shape[-2:]
             y = lateral(feature) + F.interpolate(y, size=size, mode="bilinear", align_corners=False)
-            y = F.relu(output(y))
+            y = F.relu_(output(y))
         return self.mask_features(y), levels
 
     def _encode(self, maps: list[Tensor], padding: Tensor) -> list[Tensor]:

@@ -65,7 +65,7 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, width: int, hidden: int) -> None:
         inner, outer = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        super().__init__(inner, nn.ReLU(), outer)
+        super().__init__(inner, nn.ReLU(inplace=True), outer)
         for linear in (inner, outer):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -77,7 +77,7 @@ class Mlp(nn.Sequential):
     def __init__(self, width: int, layers: int) -> None:
         parts: list[nn.Module] = []
         for i in range(layers):
-            parts += [nn.Linear(width, width)] + ([nn.ReLU()] if i < layers - 1 else [])
+            parts += [nn.Linear(width, width)] + ([nn.ReLU(inplace=True)] if i < layers - 1 else [])
         super().__init__(*parts)
 
 

@@ -50,13 +50,13 @@ class PixelDecoder(nn.Module):
 
     def forward(self, features: list[Tensor], padding: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self._encode(self.enter(features[-1]), padding)
-        y = F.relu(self.outputs[0](x))
+        y = F.relu_(self.outputs[0](x))
         levels = [y]
         for feature, lateral, output in zip(
             reversed(features[:-1]), self.laterals, self.outputs[1:], strict=True
         ):
             y = lateral(feature) + F.interpolate(y, size=feature.shape[-2:], mode="nearest")
-            y = F.relu(output(y))
+            y = F.relu_(output(y))
             levels.append(y)
         return self.mask_features(y), levels[:3]
 

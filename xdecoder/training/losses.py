@@ -197,17 +197,22 @@ def matched_losses(
         return zero, zero
     _, row, _, target = matched(pairs, rows).to(logits.device).unbind(1)
     predicted = logits[:, None].float()
-    if config.points:
-        places = uncertain_points(predicted, config)
-        x = sample_points(predicted, places)[:, 0]
-        some = zip(*(parts.split(_MASKS_AT_ONCE) for parts in (row, target, places)), strict=True)
-        y = torch.cat([sample_points(truth[r, t][:, None], p)[:, 0] for r, t, p in some])
-    else:
-        x = F.interpolate(predicted, size=truth.shape[-2:], mode="bilinear", align_corners=False).flatten(1)
-        y = truth[row, target].flatten(1)
-    p = x.sigmoid()
-    dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
-    return _PIXELWISE[pixelwise](x, y).mean(1).sum() / number, dice.sum() / number
+    whole = [predicted, row, target] + ([uncertain_points(predicted, config)] if config.points else [])
+    each, dice = [], []
+    for maps, r, t, *places in zip(*(part.split(_MASKS_AT_ONCE) for part in whole), strict=True):
+        x, y = _beside(maps, truth[r, t][:, None], *places)
+        p = x.sigmoid()
+        each.append(_PIXELWISE[pixelwise](x, y).mean(1))
+        dice.append(1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1))
+    return torch.cat(each).sum() / number, torch.cat(dice).sum() / number
+
+
+def _beside(logits: Tensor, truth: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """At these places, else everywhere: float[n, 1, h, w] and float[n, 1, H, W] -> two float[n, P]."""
+    if places is not None:
+        return sample_points(logits, places)[:, 0], sample_points(truth, places)[:, 0]
+    large = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
+    return large.flatten(1), truth.flatten(1)
 
 
 def _binary(logits: Tensor, truth: Tensor) -> Tensor:
