@@ -153,24 +153,6 @@ class Mixture:
         self._turns = lru_cache(maxsize=4)(self._draw_turns)
 
 
-def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int = WINDOW_SHARDS) -> Int64:
-    """A whole epoch at once: int64[N], a permutation of 0..N-1 where N = sum(shard_sizes).
-
-    Raises `ValueError` where a size or the window is impossible.
-    """
-    order = Order(shard_sizes, seed, window)
-    if not order.total:
-        return np.empty(0, dtype=np.int64)
-    return order.positions(epoch * order.total, order.total)[1]
-
-
-def positions(
-    shard_sizes: Sequence[int], seed: int, start: int, count: int, window: int = WINDOW_SHARDS
-) -> tuple[Int64, Int64]:
-    """`Order.positions` for who asks once."""
-    return Order(shard_sizes, seed, window).positions(start, count)
-
-
 def rank_slice(global_batch: int, rank: int, world_size: int) -> slice:
     """The part of a global batch that one rank takes.
 

@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 MAX_BYTES = 2**31
 # of one column in one row group of a Parquet file, which can only be decoded as a whole; chosen by us
 MAX_GROUP_BYTES = 2**33
-TABLES = (".parquet", ".arrow")
 
 
 class PlaceError(OSError):

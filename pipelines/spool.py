@@ -65,9 +65,6 @@ ENTRIES = pa.schema(
     }
 )
 
-# Where something lies in the files of a step: number of the part, and row within it.
-PLACES = pa.schema({"part": pa.int32(), "row": pa.int32()})
-
 
 def hash64(data: bytes) -> int:
     """The first 64 bits of the sha256."""

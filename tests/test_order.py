@@ -3,35 +3,39 @@
 import numpy as np
 import pytest
 
-from pipelines.order import BLOCK, Mixture, Order, epoch_order, positions, rank_slice, sample_seed
+from pipelines.order import BLOCK, WINDOW_SHARDS, Mixture, Order, rank_slice, sample_seed
 
 SIZES = (5, 1, 0, 7, 3, 9, 2)
 TOTAL = sum(SIZES)
 
 
+def epoch_order(seed: int, epoch: int, window: int = WINDOW_SHARDS) -> np.ndarray:
+    return Order(SIZES, seed, window).positions(epoch * TOTAL, TOTAL)[1]
+
+
 @pytest.mark.parametrize("window", [1, 2, 100])
 @pytest.mark.parametrize("epoch", [0, 1, 17])
 def test_an_epoch_visits_every_sample_once(window: int, epoch: int) -> None:
-    order = epoch_order(SIZES, seed=3, epoch=epoch, window=window)
+    order = epoch_order(seed=3, epoch=epoch, window=window)
     assert order.dtype == np.int64
     assert sorted(order) == list(range(TOTAL))
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
-    base = epoch_order(SIZES, seed=1, epoch=2)
-    assert (base == epoch_order(list(SIZES), seed=1, epoch=2)).all()
+    base = epoch_order(seed=1, epoch=2)
+    assert (base == epoch_order(seed=1, epoch=2)).all()
     for seed, epoch in [(1, 3), (2, 2), (2, 1)]:
-        assert (base != epoch_order(SIZES, seed=seed, epoch=epoch)).any(), (seed, epoch)
+        assert (base != epoch_order(seed=seed, epoch=epoch)).any(), (seed, epoch)
 
 
 def test_a_caller_cannot_change_the_order_of_others() -> None:
-    epoch_order(SIZES, seed=1, epoch=2)[:] = 0
-    assert sorted(epoch_order(SIZES, seed=1, epoch=2)) == list(range(TOTAL))
+    order = Order(SIZES, seed=1)
+    order.positions(0, TOTAL)[1][:] = 0
+    assert sorted(order.positions(0, TOTAL)[1]) == list(range(TOTAL))
 
 
 def test_samples_mix_within_their_window_only() -> None:
-    sizes = (100,) * 6
-    shards = epoch_order(sizes, seed=0, epoch=0, window=2) // 100
+    shards = Order((100,) * 6, seed=0, window=2).positions(0, 600)[1] // 100
     for first in range(0, 600, 200):
         window = shards[first : first + 200]
         assert len(set(window)) == 2
@@ -39,22 +43,22 @@ def test_samples_mix_within_their_window_only() -> None:
 
 
 def test_epochs_join_without_a_gap() -> None:
-    epochs, index = positions(SIZES, seed=5, start=TOTAL - 4, count=8)
+    epochs, index = Order(SIZES, seed=5).positions(TOTAL - 4, 8)
     assert epochs.tolist() == [0] * 4 + [1] * 4
-    assert index[:4].tolist() == epoch_order(SIZES, seed=5, epoch=0)[-4:].tolist()
-    assert index[4:].tolist() == epoch_order(SIZES, seed=5, epoch=1)[:4].tolist()
+    assert index[:4].tolist() == epoch_order(seed=5, epoch=0)[-4:].tolist()
+    assert index[4:].tolist() == epoch_order(seed=5, epoch=1)[:4].tolist()
 
 
 def test_a_range_is_the_concatenation_of_its_parts() -> None:
-    whole = positions(SIZES, seed=5, start=0, count=3 * TOTAL)
+    whole = Order(SIZES, seed=5).positions(0, 3 * TOTAL)
     cuts = [0, 1, 10, TOTAL, TOTAL + 13, 3 * TOTAL]
-    parts = [positions(SIZES, seed=5, start=a, count=b - a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [Order(SIZES, seed=5).positions(a, b - a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     for i in range(2):
         assert (whole[i] == np.concatenate([part[i] for part in parts])).all()
 
 
 def test_a_range_longer_than_an_epoch_repeats_none_before_all_were_seen() -> None:
-    _, index = positions(SIZES, seed=5, start=0, count=3 * TOTAL)
+    _, index = Order(SIZES, seed=5).positions(0, 3 * TOTAL)
     for epoch in range(3):
         assert sorted(index[epoch * TOTAL : (epoch + 1) * TOTAL]) == list(range(TOTAL))
 
@@ -112,11 +116,11 @@ def test_a_sample_seed_is_pure_and_distinct() -> None:
 
 def test_impossible_questions_are_refused() -> None:
     with pytest.raises(ValueError, match="0 samples"):
-        positions((0, 0), seed=0, start=0, count=1)
+        Order((0, 0), seed=0).positions(0, 1)
     with pytest.raises(ValueError, match="-1"):
-        positions(SIZES, seed=0, start=-1, count=1)
+        Order(SIZES, seed=0).positions(-1, 1)
     with pytest.raises(ValueError, match="shard sizes"):
-        epoch_order((3, -1), seed=0, epoch=0)
+        Order((3, -1), seed=0)
     with pytest.raises(ValueError, match="cannot be divided by 3"):
         rank_slice(8, 0, 3)
     with pytest.raises(ValueError, match="rank 2"):
