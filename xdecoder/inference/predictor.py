@@ -239,8 +239,9 @@ Pictures = Sequence[Picture] | Seen
 class Predictor:
     """Answers the seven tasks with one model. Methods take any number of pictures and work in batches."""
 
-    def __init__(self, model: XDecoder, card: ModelCard, *, device: str = "cpu", batch: int = 16) -> None:
-        self.model, self.card, self.device, self.batch = model.eval(), card, device, batch
+    def __init__(self, model: XDecoder, card: ModelCard, *, batch: int = 16) -> None:
+        self.model, self.card, self.batch = model.eval(), card, batch
+        self.device = model.task_ids.device
         self.vocabulary = card.vocabulary
         self._class_texts = ClassCache()
         with torch.no_grad():
@@ -252,7 +253,7 @@ class Predictor:
         none.
         """
         model, card = load_model(Path(folder), device)
-        return cls(model, card, device=device)
+        return cls(model, card)
 
     def see(self, images: Sequence[Picture], tasks: Sequence[Task] = ()) -> Seen:
         """Encode pictures once for several questions: what it returns may stand for the pictures everywhere.
