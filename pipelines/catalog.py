@@ -414,8 +414,10 @@ class Catalog:
     def building(self) -> Iterator[None]:
         """Keep other builds out, and clear what killed ones left. The lock dies with the process.
 
-        Raises `BeingBuilt` where another build holds it.
+        Raises `BeingBuilt` where another build holds it, `RemoteError` where a URI cannot be reached: that is
+        better known before hours of work than after them.
         """
+        self.versions()
         self.shards_root.mkdir(parents=True, exist_ok=True)
         with (self.root / "build.lock").open("wb") as file:
             try:

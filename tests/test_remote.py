@@ -32,7 +32,7 @@ from pipelines.catalog import Catalog, CatalogError, DatasetVersion, content_id,
 from pipelines.remote import Remote, RemoteError
 from pipelines.shards import file_sha256
 from pipelines.stream import read_samples
-from schemas.jobs import CorpusConfig, load
+from schemas.jobs import BuildConfig, CorpusConfig, load
 from schemas.records import MANIFEST
 from xdecoder.training.checkpoint import Checkpoints
 
@@ -107,6 +107,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 
 
 Machine = Callable[[str, str], Path]
+UNREAD = CorpusConfig(name="unread", format="captions_table", split="train", root="/nowhere", annotations="x")
 
 
 def published(demo_dataset: DatasetVersion, store: Path) -> Catalog:
@@ -292,6 +293,8 @@ def test_what_cannot_be_reached_is_one_message(
 
     absent = uri.replace("s3://test", "s3://absent")
     assert "there is no bucket 'absent-what-cannot" in refusal(absent)
+    with pytest.raises(RemoteError, match="there is no bucket"):  # before anything is read
+        build([UNREAD], BuildConfig(), catalog_of(machine(absent, "one"), "demo"))
     assert "Unrecognized filesystem" in refusal("nowhere://bucket")
     machine(uri, "one")
     assert main(["datasets", "show"]) == 2 and "no dataset 'demo' in s3://" in capsys.readouterr().err
