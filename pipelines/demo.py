@@ -26,8 +26,6 @@ from schemas.records import Split
 log = logging.getLogger(__name__)
 
 WORLD = 1  # raise it when the same settings give other files
-# Never in a training mask, but in training captions; other classes show each of these colours and shapes.
-UNSEEN = ("purple square", "yellow cross")
 LICENCE = "CC0-1.0"
 MARKER = "demo.json"
 FOLDERS = ("images", "annotations", "panoptic_train", "panoptic_val", "pairs")
@@ -51,8 +49,11 @@ def write(config: DemoConfig, root: Path) -> tuple[CorpusConfig, ...]:
     """Write the world under `root` (`config.root` is not used) and return its corpora, all splits.
 
     A finished world of equal settings is kept; one of other settings, or an interrupted one, is written anew.
-    The same settings give the same bytes. Raises `ValueError` where `root` holds anything else.
+    The same settings give the same bytes. Raises `ValueError` where `root` holds anything else, or a class is
+    unseen that is none.
     """
+    if set(config.unseen) - set(THINGS) or set(THINGS) <= set(config.unseen):
+        raise ValueError(f"demo.unseen must name some of {', '.join(THINGS)}; it is {list(config.unseen)}")
     settings = config.model_dump(mode="json", exclude={"root"}) | {"world": WORLD}
     if _claim(root, settings):
         log.info("the demo world in %s is up to date", root)
@@ -149,7 +150,7 @@ def _write_jpeg(path: Path, image: Array) -> None:
 
 def _scenes(config: DemoConfig, part: Part, split: Split) -> Iterator[tuple[int, Rng, Scene]]:
     """Image id, a generator for its texts, the scene; each a function of seed, part, split and position."""
-    seen = [name for name in THINGS if name not in UNSEEN]
+    seen = [name for name in THINGS if name not in config.unseen]
     classes = seen if (part, split) == ("scenes", "train") else THINGS
     total = getattr(config, f"{split}_{part}")
     start = reported = time.monotonic()

@@ -282,6 +282,10 @@ class DemoConfig(Settings):
     val_scenes: Positive = 200
     train_pairs: Positive = 3000
     val_pairs: Positive = 200
+    unseen: tuple[str, ...] = Field(
+        default=("purple square", "yellow cross"),
+        description="things without a mask in training; captions, questions and val show them all the same",
+    )
 
 
 Format = Literal[

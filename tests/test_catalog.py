@@ -15,11 +15,10 @@ from conftest import SMALL_SHARDS
 
 from pipelines.build import build
 from pipelines.catalog import Catalog, CatalogError, DatasetVersion, content_id
-from pipelines.demo import UNSEEN
 from pipelines.export import export
 from pipelines.sheet import figure, write_sheet
 from pipelines.stream import read_samples
-from schemas.jobs import RebuildJob, load
+from schemas.jobs import DemoConfig, RebuildJob, load
 from schemas.records import MANIFEST, PARTS, REJECTS, SAMPLES, Question, Split
 from schemas.tasks import Stream
 from schemas.taxonomy import Category, Taxonomy
@@ -186,8 +185,9 @@ def test_two_builds_of_a_dataset_do_not_overlap(catalog: Catalog) -> None:
 
 def test_classes_without_a_training_mask_are_unseen(demo_dataset: DatasetVersion) -> None:
     everything, seen = demo_dataset.taxonomy(), demo_dataset.taxonomy(seen_only=True)
-    assert set(UNSEEN) <= {c.name for c in everything.categories if not c.seen}
-    assert not set(UNSEEN) & set(seen.names)
+    unseen = set(DemoConfig().unseen)
+    assert unseen <= {c.name for c in everything.categories if not c.seen}
+    assert not unseen & set(seen.names)
     trained = {
         segment.category
         for sample in read_samples(demo_dataset, split="train", stream="segmentation")

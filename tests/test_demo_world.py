@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.corpora.readers import read, taxonomies
 from pipelines.corpora.rows import Row
-from pipelines.demo import MARKER, UNSEEN, write
+from pipelines.demo import MARKER, write
 from pipelines.demo_scenes import COLOURS, LEAST_VISIBLE, SHAPES, STUFF, THINGS, Scene, Thing, make_scene
 from pipelines.demo_texts import RELATIONS, captions, phrases, questions
 from schemas.jobs import CorpusConfig, DemoConfig
@@ -94,6 +94,12 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"images/holiday.jpg": b"precious", MARKER: b"{}"}
 
 
+def test_what_is_called_unseen_must_be_a_thing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="some of red circle, .*pink cross"):
+        write(DemoConfig(unseen=("pink cross",)), tmp_path)
+    assert not contents(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------ agreement
 
 
@@ -139,8 +145,9 @@ def test_unseen_classes_have_no_mask_in_training_but_are_named_there(
     phrases_ = [s for row in rows(corpora, "refcoco", "train") for r in row.referring for s in r.sentences]
     texts = [caption for row in rows(corpora, "captions_table", "train") for caption in row.captions]
     (declared,) = taxonomies(corpora[0])
-    assert declared and set(UNSEEN) <= set(declared.names)
-    for name in UNSEEN:
+    unseen = DemoConfig().unseen
+    assert declared and set(unseen) <= set(declared.names)
+    for name in unseen:
         assert name not in segments
         assert not any(name in phrase for phrase in phrases_)
         assert any(name in text for text in texts)
