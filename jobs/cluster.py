@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -69,6 +70,29 @@ def require(*, workers: int, cpus: float, gpus: float) -> None:
             f"{workers} worker(s) need {' and '.join(short)} in the cluster; "
             "lower train.num_workers or train.cpus_per_worker, or add nodes"
         )
+
+
+@contextmanager
+def watched(*, workers: int, cpus: float, gpus: float, every_s: float = 60.0) -> Iterator[None]:
+    """Inside, a warning whenever the cluster has become too small for these workers: Ray waits silently."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(every_s):
+            try:
+                require(workers=workers, cpus=cpus, gpus=gpus)
+            except ClusterError as error:
+                log.warning("waiting for the cluster: %s", error)
+            except Exception as error:  # a head that is away; what is wrong, the training itself says
+                log.debug("the cluster does not answer: %s", error)
+
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
 
 
 def resources() -> dict[str, float]:

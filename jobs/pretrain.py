@@ -131,8 +131,15 @@ def _cpus_per_worker(job: PretrainJob) -> int:
     train = job.train
     share = int(cluster.resources().get("CPU", 0)) // train.num_workers
     cpus = train.cpus_per_worker or max(1, share)
-    cluster.require(workers=train.min_workers or train.num_workers, cpus=cpus, gpus=1 if train.use_gpu else 0)
+    cluster.require(**_asked(job, cpus))
     return cpus
+
+
+def _asked(job: PretrainJob, cpus: int) -> dict[str, int]:
+    """The least that a cluster must have."""
+    train = job.train
+    workers = train.min_workers or train.num_workers
+    return {"workers": workers, "cpus": cpus, "gpus": 1 if train.use_gpu else 0}
 
 
 def _begin(
@@ -209,7 +216,8 @@ def _fit(training: Training, duty: Duty, tracker: Tracker) -> None:
     if not duty.journal.is_file():
         pull(duty.journal)
     log.info("training: %d workers of %d CPUs", training.job.train.num_workers, duty.cpus)
-    with Follower(duty.journal, show=show, deliver=deliver), stoppable(duty):
+    watched = cluster.watched(**_asked(training.job, duty.cpus))
+    with Follower(duty.journal, show=show, deliver=deliver), stoppable(duty), watched:
         try:
             ending = trainer.fit().return_value
         except WorkerGroupError as error:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cluster
+
 ASKED_BY_A_WORKER = """
 from jobs import cluster
 
@@ -51,3 +53,17 @@ def test_workers_ask_their_own_cluster_also_beside_another(beside_another_cluste
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=beside_another_cluster, capture_output=True, text=True)
     assert done.stdout.split()[-1:] == ["True"], done.stderr
+
+
+def test_a_cluster_that_became_too_small_is_told_of(
+    ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(workers: int) -> list[str]:
+        caplog.clear()
+        with cluster.watched(workers=workers, cpus=1, gpus=0, every_s=0.02):
+            time.sleep(0.3)
+        return [record.getMessage() for record in caplog.records]
+
+    assert told(workers=2) == []
+    first, *again = told(workers=3)
+    assert first.startswith("waiting for the cluster: 3 worker(s) need 3 CPUs of 2 in the cluster") and again
