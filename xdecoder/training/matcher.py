@@ -65,7 +65,7 @@ def mask_costs(logits: Tensor, truth: Tensor, pixelwise: Pixelwise = "bce") -> t
 
     if pixelwise == "bce":  # -log p is -log (1 - p) - x: one logarithm does for both
         each = (F.softplus(logits).sum(-1, keepdim=True) - inside(logits)) / count
-        p = logits.sigmoid()
+        p = logits.sigmoid()  # only now, in the memory that softplus took
     else:
         p = logits.sigmoid()
         one = ALPHA * (1 - p) ** GAMMA * F.softplus(-logits)
