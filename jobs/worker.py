@@ -37,8 +37,8 @@ from xdecoder.training.checkpoint import Checkpoints
 from xdecoder.training.trainer import NonFiniteLoss, StepReport, Trainer
 
 log = logging.getLogger(__name__)
-# how long a thread that prepares batches may keep the training waiting for the interpreter (Python's 5 ms
-# make a step 6 % longer: benchmarks.data_wait)
+# how long a thread that prepares batches may keep the training waiting for the interpreter; with Python's
+# 5 ms a step seems to take longer, though no more than its noise (benchmarks.data_wait)
 SWITCH_S = 0.0003
 LOOK_S = 0.5  # how often rank 0 looks for a request to stop
 ROLL_CALL_S = 20.0  # how long the ranks are waited for when one of them hangs
