@@ -186,11 +186,6 @@ def _held_mb() -> float:
     return int(kilobytes) / 1024
 
 
-def _again(recipes: list[str], arguments: argparse.Namespace) -> list[str]:
-    options = ["--rounds", str(arguments.rounds), "--threads", str(arguments.threads)]
-    return ["--recipes", *recipes, *options, *(["--wall"] if arguments.wall else [])]
-
-
 def main() -> None:
     huggingface.enter("benchmarks.peers")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -213,7 +208,8 @@ def main() -> None:
     held = {side: peak_mb(first, side) for side in SIDES}
     print("memory " + ", ".join(f"{side} {mb:.0f} MB" for side, mb in held.items()), flush=True)
     if others:  # in a new process: where freed memory lies after one recipe slows the next
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.peers", *_again(others, arguments)])
+        command = [sys.executable, "-m", "benchmarks.peers", *sys.argv[1:], "--recipes", *others]
+        os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":

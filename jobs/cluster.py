@@ -92,7 +92,7 @@ def watched(*, workers: int, cpus: float, gpus: float, every_s: float = 60.0) ->
         yield
     finally:
         over.set()
-        watch.join()
+        watch.join(5)  # no longer: a head that is away answers late, or never
 
 
 def resources() -> dict[str, float]:
@@ -143,6 +143,7 @@ def _connect(address: str | None, num_cpus: int | None) -> None:
 
 
 def free_port() -> int:
+    """A port of this machine on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
