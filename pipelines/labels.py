@@ -187,14 +187,15 @@ def regions_of(runs: Runs) -> dict[int, Region]:
 def index_map(runs: Runs, order: Sequence[int]) -> bytes:
     """A PNG of one channel: the place of each pixel's id in `order`, from 1; 0 of any other id.
 
-    Of 8 bits where those are enough, else 16. It decodes 3.5x faster than RGB ids.
+    Of 8 bits where those are enough, else 16. Packed lightly: a few kilobytes more beside a photograph of a
+    hundred, for half the time of packing and of decoding.
     """
     places = {i: place for place, i in enumerate(order, 1)}
     place = [places.get(i, 0) for i in runs.ids.tolist()]
     dtype = np.uint8 if len(order) < 256 else np.uint16
     indexed = replace(runs, ids=np.array(place, dtype=dtype))
     sink = io.BytesIO()
-    Image.fromarray(indexed.pixels).save(sink, "PNG")
+    Image.fromarray(indexed.pixels).save(sink, "PNG", compress_level=1)
     return sink.getvalue()
 
 

@@ -22,7 +22,7 @@ from test_stream import streamed
 from test_trainer import fit, trainer
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from jobs import dispatch, journal
+from jobs import dispatch, journal, schedule
 from jobs.__main__ import main
 from jobs.console import Outcome
 from jobs.store import catalog_of, names_in, resolve
@@ -119,6 +119,15 @@ def published(demo_dataset: DatasetVersion, store: Path) -> Catalog:
     return catalog
 
 
+def job_file(corpora: tuple[CorpusConfig, ...], folder: Path) -> Path:
+    """A rebuild of these."""
+    written = [corpus.model_dump(mode="json") for corpus in corpora]
+    job = {"kind": "rebuild", "corpora": written, "build": SMALL_SHARDS.model_dump()}
+    path = folder / "rebuild.yaml"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    return path
+
+
 @pytest.mark.parametrize("kind", ["s3", "file"])
 def test_what_one_machine_publishes_another_reads(
     kind: str, demo_dataset: DatasetVersion, machine: Machine, uri: str, tmp_path: Path
@@ -179,11 +188,9 @@ def test_a_kill_in_the_middle_shows_nothing_and_the_next_one_finishes(
     store = machine(uri, "one")
     catalog = catalog_of(store, "demo")
     served = build(demo_corpora[:2], SMALL_SHARDS, catalog)
-    corpora = [corpus.model_dump(mode="json") for corpus in demo_corpora]
-    job = {"kind": "rebuild", "corpora": corpora, "build": SMALL_SHARDS.model_dump()}
-    (tmp_path / "rebuild.yaml").write_text(json.dumps(job), encoding="utf-8")
+    file = job_file(demo_corpora, tmp_path)
     wanted = build(demo_corpora, SMALL_SHARDS, Catalog(store, "demo"))  # built, and not yet published
-    process = subprocess.Popen([sys.executable, "-m", "jobs", tmp_path / "rebuild.yaml"], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "jobs", file], cwd=ROOT)
     whole: list[str] = []
 
     def kill(request: Request) -> None:
@@ -204,11 +211,25 @@ def test_a_kill_in_the_middle_shows_nothing_and_the_next_one_finishes(
     before = {Path(name).name for name in catalog.remote.list("shards")}
     server.written()
     machine(uri, "one")
-    assert main([str(tmp_path / "rebuild.yaml")]) == 0
+    assert main([str(file)]) == 0
     sent = {Path(path).name for path in server.written() if "/shards/" in path}
     assert sent and len(before) > served.num_shards and not sent & before
     assert elsewhere.current() == wanted.version
     elsewhere.open().verify()
+
+
+def test_a_scheduled_rebuild_publishes_there(
+    demo_corpora: tuple[CorpusConfig, ...], machine: Machine, uri: str, tmp_path: Path
+) -> None:
+    store, file = machine(uri, "one"), str(job_file(demo_corpora, tmp_path))
+    schedule.fire("demo", file, str(ROOT), str(store))
+    (run,) = schedule.history(store, "demo")
+    assert run.status == "done", run.message
+    elsewhere = catalog_of(machine(uri, "two"), "demo")
+    assert elsewhere.open().verify()
+    schedule.fire("demo", file, str(ROOT), str(store))
+    assert [run.status for run in schedule.history(store, "demo")] == ["done", "done"]
+    assert elsewhere.versions() == (elsewhere.current(),)
 
 
 def test_a_byte_that_changed_over_there_is_found(
