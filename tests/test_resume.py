@@ -28,7 +28,7 @@ from xdecoder.model.files import load_model
 from xdecoder.tasks import BatchMaker
 from xdecoder.training import checkpoint
 from xdecoder.training.batch import Batch
-from xdecoder.training.checkpoint import CheckpointError, Checkpoints, newest
+from xdecoder.training.checkpoint import CheckpointError, Checkpoints
 from xdecoder.training.trainer import NonFiniteLoss, Trainer
 
 PLAIN = {"tasks": ("captioning",)}
@@ -113,7 +113,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 
 def test_what_a_kill_left_unfinished_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / ".step-00000009").mkdir(parents=True)
-    assert newest(tmp_path) is None
     assert checkpoints(tmp_path).restore(trainer(**PLAIN)) is None
     assert not list(tmp_path.iterdir())
 
@@ -137,7 +136,7 @@ def test_a_disk_that_is_full_once_is_survived_and_twice_stops_with_the_reason(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
     saved.save(of)  # there is room again
     saved.wait()
-    assert newest(tmp_path) == tmp_path / "step-00000002"
+    assert checkpoints(tmp_path).restore(trainer(**PLAIN)) == tmp_path / "step-00000002"
 
 
 def test_a_loss_that_is_no_number_rewinds_once_and_passes_over_the_samples(tmp_path: Path) -> None:

@@ -4,11 +4,10 @@ A run's folder holds `step-00000400`, `step-00000800` ...; in each, a file a ran
 has their SHA-256. Such a folder takes its name when all of it is written. Under DDP rank 0's file holds the
 weights, under FSDP2 each rank's its share of them; either is read on any number of ranks.
 
-Where the run's checkpoints lie elsewhere (`Files`), each rank sends its file there and rank 0 the manifest
-last; the folder then holds only what is on its way.
+Where they lie, and how they come and go, is in `checkpoint_files.py`. Where that is elsewhere, each rank
+sends its file there and rank 0 the manifest last; the folder then holds only what is on its way.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -16,9 +15,9 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -29,28 +28,11 @@ from torch.utils._pytree import tree_map_only
 
 from xdecoder.model.files import ModelCard, save_model
 from xdecoder.training import parallel
+from xdecoder.training.checkpoint_files import MANIFEST, Elsewhere, Files, Folder, Place, sha256
 from xdecoder.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-STATE, MANIFEST = "rank{rank}.pt", "checkpoint.json"
-
-
-class Files(Protocol):
-    """Files that lie elsewhere, by names with slashes; `pipelines.remote.Remote` is one such place.
-
-    upload, download    return the SHA-256 of what passed
-    """
-
-    def upload(self, path: Path, name: str) -> str: ...
-
-    def download(self, name: str, path: Path) -> str: ...
-
-    def read(self, name: str) -> bytes: ...
-
-    def list(self) -> Collection[str]: ...
-
-    def delete(self, name: str) -> None: ...
+STATE = "rank{rank}.pt"
 
 
 class CheckpointError(RuntimeError):
@@ -68,10 +50,12 @@ class Checkpoints:
     def __init__(
         self, folder: Path, *, keep: int, facts: Mapping[str, Any], there: Files | None = None
     ) -> None:
-        self.folder, self.keep, self.facts, self.there = folder, keep, dict(facts), there
+        self.folder, self.keep, self.facts = folder, keep, dict(facts)
+        self.place: Place = Folder(folder) if there is None else Elsewhere(there)
         # of its own, because it is used from a thread, beside the training's
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.sweeps = self.rank == 0 or there is not None  # else the ranks share the folder
         self.thread: threading.Thread | None = None
         self.failed = 0
         self.error: Exception | None = None
@@ -96,9 +80,8 @@ class Checkpoints:
             self.thread = None
         if self.failed > 1:
             self.failed = 0
-            where = self.there or self.folder
             raise CheckpointError(
-                f"checkpoints could not be written to {where} twice in a row: {self.error}; "
+                f"checkpoints could not be written to {self.place} twice in a row: {self.error}; "
                 "the run keeps those before them"
             )
 
@@ -109,30 +92,30 @@ class Checkpoints:
         if self.rank == 0:
             for leftover in self.folder.glob(".step-*"):
                 shutil.rmtree(leftover)
-        if self.there is not None:
-            return self._restore_from(self.there, trainer)
-        found = self._exchange(newest(self.folder) if self.rank == 0 else None)[0]
-        if found is not None:
-            restore(trainer, found)
-        return found
-
-    def _restore_from(self, there: Files, trainer: Trainer) -> Path | None:
-        names = self._exchange(self._attempt(_all_there, there) if self.rank == 0 else None)[0]
+        names = self._exchange(self._attempt(self.place.names) if self.rank == 0 else None)[0]
         if isinstance(names, Exception):
             raise names
         for name in reversed(names):
-            folder = self.folder / f".{name}.{self.rank}"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            scratch = self.folder / f".{name}.{self.rank}"
             try:
-                faults = self._exchange(self._attempt(_bring, there, name, self.rank, folder))
-                if not any(faults):
-                    restore(trainer, folder)
+                found = self._exchange(self._attempt(self._bring, name, scratch))
+                faults = [one for one in found if isinstance(one, Exception)]
+                if not faults:
+                    restore(trainer, found[self.rank])
                     return self.folder / name
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            log.warning("checkpoint %s/%s is damaged (%s): going back to the one before", there, name, faults)
+                shutil.rmtree(scratch, ignore_errors=True)
+            log.warning(
+                "checkpoint %s/%s is damaged (%s): going back to the one before", self.place, name, faults
+            )
         return None
+
+    def _bring(self, name: str, scratch: Path) -> Path:
+        """The folder of what this rank needs of a checkpoint. Raises where it is not what was written."""
+        manifest, own = self.place.manifest(name), STATE.format(rank=self.rank)
+        files: dict[str, str] = manifest["files"]
+        needed = {STATE.format(rank=0), own} if manifest["shares"] == 1 else files.keys()
+        return self.place.bring(name, {file: files[file] for file in needed & files.keys()}, scratch)
 
     def _run(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """The thread. What goes wrong in it is raised by the next `wait`."""
@@ -155,15 +138,12 @@ class Checkpoints:
         if errors:
             self.error = errors[0]
             log.warning("no checkpoint at step %d, the training goes on: %s", facts["step"], self.error)
-        if self.there is not None or (errors and self.rank == 0):
+        if self.sweeps:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def _keep_part(self, state: dict[str, Any], unfinished: Path) -> str:
-        digest, name = _write_part(state, unfinished, self.rank), STATE.format(rank=self.rank)
-        if self.there is not None:
-            sent = self.there.upload(unfinished / name, f"{unfinished.name[1:]}/{name}")
-            if sent != digest:
-                raise OSError(f"{unfinished / name} changed while it was sent to {self.there}")
+        digest = _write_part(state, unfinished, self.rank)
+        self.place.take(unfinished / STATE.format(rank=self.rank), unfinished.name[1:], digest)
         return digest
 
     def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
@@ -186,43 +166,22 @@ class Checkpoints:
             json.dump(facts, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        if self.there is not None:
-            self.there.upload(unfinished / MANIFEST, f"{name}/{MANIFEST}")
-            self._thin_out_there(self.there)
-            return
-        shutil.rmtree(self.folder / name, ignore_errors=True)  # a damaged one, which is made again
-        _sync(unfinished)
-        unfinished.rename(self.folder / name)
-        _sync(self.folder)
-        self._thin_out()
+        self.place.finish(unfinished, name)
+        metrics = {name: self._metric(name) for name in self.place.names()}
+        self.place.keep(metrics.keys() - self._superfluous(metrics))
 
-    def _thin_out(self) -> None:
-        for path in self._superfluous({path: _metric(path) for path in _all(self.folder)}):
-            shutil.rmtree(path, ignore_errors=True)
+    def _metric(self, name: str) -> float | None:
+        try:
+            metric: float | None = self.place.manifest(name)["metric"]
+        except (OSError, ValueError, KeyError):  # damaged
+            return None
+        return metric
 
-    def _thin_out_there(self, there: Files) -> None:
-        """What never got its manifest, too."""
-        metrics = {name: _manifest_there(there, name)["metric"] for name in _all_there(there)}
-        kept = metrics.keys() - self._superfluous(metrics)
-        for name in sorted(there.list(), key=lambda name: not name.endswith(MANIFEST)):
-            if name.partition("/")[0] not in kept:
-                there.delete(name)
-
-    def _superfluous(self, metrics: Mapping[T, float | None]) -> set[T]:
+    def _superfluous(self, metrics: Mapping[str, float | None]) -> set[str]:
         """Of all checkpoints, oldest first."""
         scores = {which: metric for which, metric in metrics.items() if metric is not None}
         best = max(scores, key=lambda which: scores[which], default=None)
         return set(list(metrics)[: -self.keep]) - {best}
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run whose files are those that were written; others are warned of."""
-    for path in reversed(_all(folder)):
-        fault = _fault(path)
-        if fault is None:
-            return path
-        log.warning("checkpoint %s is damaged (%s): going back to the one before", path, fault)
-    return None
 
 
 def save(trainer: Trainer, folder: Path) -> None:
@@ -309,7 +268,7 @@ def _fill(tensors: Mapping[str, Tensor], parts: Sequence[Mapping[str, Any]], sec
 def _fill_optimizer(trainer: Trainer, parts: Sequence[Mapping[str, Any]]) -> None:
     for name, parameter in trainer.model.named_parameters():
         for key, value in parts[0]["optimizer"][name].items():
-            like = torch.zeros_like(parameter, requires_grad=False) if value.ndim else value
+            like = torch.zeros_like(parameter if value.ndim else value, requires_grad=False)
             cut = name in parts[0]["cut"] and value.ndim > 0
             _copy(like, _whole([part["optimizer"][name][key] for part in parts], cut))
             trainer.optimizer.state[parameter][key] = like.to(parameter.device)
@@ -366,7 +325,7 @@ def _write_part(state: Mapping[str, Any], folder: Path, rank: int) -> str:
         except RuntimeError as error:  # torch's writer hides what the system said
             raise out.error or error from error
         os.fsync(file.fileno())
-    return _sha256(path)
+    return sha256(path)
 
 
 class _Out:
@@ -393,64 +352,5 @@ class _Out:
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
-    loaded: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    loaded: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     return loaded
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder survive a power cut; a rename alone does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _all(folder: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(folder.glob("step-*"))
-
-
-def _all_there(there: Files) -> list[str]:
-    """Names, oldest first."""
-    return sorted(name.partition("/")[0] for name in there.list() if name.endswith(f"/{MANIFEST}"))
-
-
-def _manifest_there(there: Files, name: str) -> dict[str, Any]:
-    return dict(json.loads(there.read(f"{name}/{MANIFEST}")))
-
-
-def _bring(there: Files, name: str, rank: int, folder: Path) -> None:
-    """What a rank needs of a checkpoint. Raises where it is not what was written."""
-    manifest, own = _manifest_there(there, name), STATE.format(rank=rank)
-    needed = {STATE.format(rank=0), own} if manifest["shares"] == 1 else set(manifest["files"])
-    for file in needed & manifest["files"].keys():
-        if there.download(f"{name}/{file}", folder / file) != manifest["files"][file]:
-            raise OSError(f"not what was written: {file}")
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    return dict(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
-
-
-def _metric(path: Path) -> float | None:
-    try:
-        metric: float | None = _manifest(path)["metric"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return metric
-
-
-def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        files = _manifest(path)["files"]
-        wrong = [name for name, digest in files.items() if _sha256(path / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    return f"not what was written: {', '.join(wrong)}" if wrong else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
