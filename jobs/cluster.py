@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+DASHBOARD = "RAY_API_SERVER_ADDRESS"  # where Ray's own processes ask about the cluster
 
 
 class ClusterError(ValueError):
@@ -48,13 +49,15 @@ def session(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    before = os.environ.get(DASHBOARD)
     try:
         _connect(os.environ.get("RAY_ADDRESS"), num_cpus)
         yield
     finally:
         ray.shutdown()
-        if not os.environ.get("RAY_ADDRESS"):
-            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+        os.environ.pop(DASHBOARD, None)
+        if before is not None:
+            os.environ[DASHBOARD] = before
 
 
 def require(*, workers: int, cpus: float, gpus: float) -> None:
@@ -126,7 +129,7 @@ def _connect(address: str | None, num_cpus: int | None) -> None:
         settings |= {"num_cpus": num_cpus, "dashboard_port": free_port()}
         # Ray Train asks there whether its controller lives, and where nobody says where to ask, asks another
         # cluster of this machine: that one does not know the controller, and the training is taken down
-        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{settings['dashboard_port']}"
+        os.environ[DASHBOARD] = f"http://127.0.0.1:{settings['dashboard_port']}"
     try:
         ray.init(address or "local", **settings)
     except ConnectionError as error:

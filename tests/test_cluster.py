@@ -14,6 +14,7 @@ import pytest
 from jobs import cluster
 
 ASKED_BY_A_WORKER = """
+import os
 from jobs import cluster
 
 cluster.prepare()
@@ -25,6 +26,7 @@ def nodes():
 with cluster.session(1):
     import ray
     print(cluster.call(nodes, cpus=1) == [node["NodeID"] for node in ray.nodes()])
+print(os.environ["RAY_API_SERVER_ADDRESS"])
 """
 
 
@@ -51,8 +53,9 @@ def test_workers_ask_their_own_cluster_also_beside_another(beside_another_cluste
     """Ray Train takes a training down whose controller the asked cluster does not know."""
     command = [sys.executable, "-c", ASKED_BY_A_WORKER]
     root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env=beside_another_cluster, capture_output=True, text=True)
-    assert done.stdout.split()[-1:] == ["True"], done.stderr
+    environment = beside_another_cluster | {"RAY_API_SERVER_ADDRESS": "http://mine:1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[-2:] == ["True", "http://mine:1"], done.stderr
 
 
 def test_a_cluster_that_became_too_small_is_told_of(
