@@ -4,7 +4,6 @@ Checkpoints lie in the run's folder and not in Ray Train's hands: a report is co
 next look, so the last one before a crash would be lost.
 """
 
-import ctypes
 import datetime
 import logging
 import os
@@ -28,6 +27,7 @@ from jobs import console, journal, mixing
 from jobs.gauge import Gauge
 from jobs.store import catalog_of, remote
 from pipelines.catalog import DatasetVersion
+from pipelines.memory import keep_freed_memory
 from schemas.jobs import PretrainJob, TrainConfig
 from schemas.tasks import Stream
 from xdecoder.prompts import Vocabulary
@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 SWITCH_S = 0.0003
 LOOK_S = 0.5  # how often rank 0 looks for a request to stop
 ROLL_CALL_S = 20.0  # how long the ranks are waited for when one of them hangs
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +98,7 @@ def work(duty: Duty) -> Ending:
     model.
     """
     console.configure()
-    _keep_freed_memory()
+    keep_freed_memory()
     sys.setswitchinterval(SWITCH_S)
     torch.set_num_threads(duty.cpus)
     context = ray.train.get_context()
@@ -124,18 +122,6 @@ def work(duty: Duty) -> Ending:
     if ending.kind == "done":
         _export(trainer, duty.model)
     return ending
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what tensors free instead of handing it back and faulting it in again every step.
-
-    Pieces above 32 MB are still handed back (the most that `M_MMAP_THRESHOLD`, mallopt(3), takes). Elsewhere
-    than with glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, size_bytes in ((_M_MMAP_THRESHOLD, 32 * 2**20), (_M_TRIM_THRESHOLD, 2**30)):
-            mallopt(parameter, size_bytes)
 
 
 def _train(trainer: Trainer, checkpoints: Checkpoints, duty: Duty) -> Ending:

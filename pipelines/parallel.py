@@ -1,8 +1,8 @@
 """The parallel steps of a build as Ray Data graphs: a row is an order for one task, its answer a report.
 
 Orders and reports are small documents; what they speak of lies in files. Reports come in any order, so
-nothing may depend on it; a task may run twice, so it replaces whole files. One worker is the calling process,
-without Ray; for more the caller has started it.
+nothing may depend on it; a task may run twice, so it replaces whole files. One worker, or one order, is for
+the calling process, without Ray; for more the caller has started it.
 """
 
 import logging
@@ -17,6 +17,7 @@ from ray.data import DataContext, TaskPoolStrategy
 from ray.exceptions import RayError
 
 from pipelines.corpora.rows import CorpusError
+from pipelines.memory import keep_freed_memory
 from pipelines.shards import ShardError
 from schemas.jobs import BuildConfig
 from schemas.records import Record
@@ -52,7 +53,7 @@ def each(
     if not orders:
         return
     progress = _Progress(what, len(orders) if total is None else total)
-    one = config.num_workers == 1
+    one = min(config.num_workers, len(orders)) == 1
     for answer in map(partial(_answer, work), orders) if one else _in_ray(work, orders, config):
         if fault := answer.get("corpus_fault"):
             raise CorpusError(fault)
@@ -79,6 +80,7 @@ def _in_ray(
 
 
 def _answers(work: Callable[[Order], Report], order_type: type[Order], orders: pa.Table) -> pa.Table:
+    keep_freed_memory()
     documents = orders["order"].to_pylist()
     answers = [_answer(work, order_type.model_validate_json(document)) for document in documents]
     return pa.Table.from_pylist(answers, schema=_ANSWER)
