@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from jobs import cluster, console, dispatch, store
+from jobs import cluster, console, dispatch, locks, store
 from schemas.jobs import AnyJob, EvaluateJob, PretrainJob, load
 from schemas.tasks import TASKS
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("XDECODER_TRACEBACK"):
             raise
         sys.stderr.write(f"error: {error}\n")
-        return error.exit_status if isinstance(error, store.Busy) else 2
+        return error.exit_status if isinstance(error, locks.Busy) else 2
     return status
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.console import Outcome
-from jobs.store import promotion_lock
+from jobs.locks import promotion_lock
 from jobs.tracking import ModelVersion, connect
 
 

@@ -21,16 +21,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from jobs import cluster, console, evaluate, mixing
 from jobs.console import Outcome, Progress
 from jobs.journal import Follower, MetricRow
-from jobs.store import (
-    catalog_of,
-    code_version,
-    digest,
-    pull,
-    push,
-    read_json,
-    training_lock,
-    write_json,
-)
+from jobs.locks import training_lock
+from jobs.store import catalog_of, code_version, digest, pull, push, read_json, write_json
 from jobs.tracking import ModelVersion, Tracker, connect
 from jobs.worker import Duty, Ending, MissingRank, work
 from pipelines.catalog import DatasetVersion

@@ -12,7 +12,8 @@ import numpy as np
 
 from jobs import cluster, evaluate
 from jobs.console import Outcome
-from jobs.store import catalog_of, promotion_lock
+from jobs.locks import promotion_lock
+from jobs.store import catalog_of
 from jobs.tracking import ModelVersion, Tracker, connect
 from pipelines.catalog import DatasetVersion
 from schemas.jobs import PromoteConfig, PromoteJob, Rule

@@ -11,7 +11,8 @@ from typing import Any
 
 from jobs import cluster, dispatch
 from jobs.console import Outcome
-from jobs.store import Busy, catalog_of, code_version, pull, push, read_json, rebuild_lock, write_json
+from jobs.locks import Busy, rebuild_lock
+from jobs.store import catalog_of, code_version, pull, push, read_json, write_json
 from pipelines import demo
 from pipelines.build import BuildReport, build
 from pipelines.catalog import BeingBuilt

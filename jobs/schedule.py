@@ -31,7 +31,8 @@ from apscheduler.triggers.cron import CronTrigger
 from sqlalchemy import inspect
 
 from jobs import console
-from jobs.store import Busy, read_json, resolve, scheduler_lock, write_json
+from jobs.locks import Busy, scheduler_lock
+from jobs.store import read_json, resolve, write_json
 from schemas import cron
 from schemas.jobs import RebuildJob, ScheduleConfig, load
 

@@ -1,16 +1,13 @@
-"""Where all state lives: which folder that is, files that change at once, digests, locks."""
+"""Where all state lives: which folder that is, its other side at a URI, files that change at once."""
 
-import fcntl
 import functools
 import hashlib
 import json
 import logging
 import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from pydantic import BaseModel
@@ -136,62 +133,3 @@ def write_json(path: Path, document: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
-
-
-class Busy(ValueError):
-    """Another process is at it; the same command will do later. The exit status is that of sysexits.h."""
-
-    exit_status = os.EX_TEMPFAIL
-
-
-@contextmanager
-def promotion_lock(store: Path, model: str) -> Iterator[None]:
-    """One promotion of a model at a time; others wait. The system frees the lock when the process ends."""
-    with _lock_file(store, f"promote-{model}") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def rebuild_lock(store: Path, dataset: str) -> Iterator[None]:
-    """One rebuild of a dataset at a time, with all that follows it. Raises `Busy` where another runs."""
-    with _alone(store, f"rebuild-{dataset}", f"dataset {dataset!r} is being rebuilt by another process"):
-        yield
-
-
-@contextmanager
-def training_lock(store: Path, run: str) -> Iterator[None]:
-    """One training of a run at a time: two would overwrite each other's checkpoints. Raises `Busy`."""
-    with _alone(store, f"train-{run}", f"the training {run!r} is under way in another process"):
-        yield
-
-
-@contextmanager
-def scheduler_lock(store: Path) -> Iterator[None]:
-    """One scheduler a store. Raises `Busy` where another runs."""
-    with _alone(store, "schedule", f"another scheduler keeps the schedule of {store}"):
-        yield
-
-
-@contextmanager
-def _alone(store: Path, name: str, refusal: str) -> Iterator[None]:
-    """A lock that nobody waits for; the file says who has it."""
-    with _lock_file(store, name) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = file.read().strip() or "unknown"
-            raise Busy(f"{refusal} (host and process: {holder}); wait for it, or end it") from None
-        file.truncate(0)
-        file.write(f"{socket.gethostname()} {os.getpid()}\n")
-        file.flush()
-        yield
-
-
-@contextmanager
-def _lock_file(store: Path, name: str) -> Iterator[IO[str]]:
-    path = store / "locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        file.seek(0)
-        yield file

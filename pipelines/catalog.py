@@ -13,8 +13,8 @@ build.py.
 
 A catalog may be published at a URI: the same names below it, but `shards/<name>-<hash>.tar`, so that what is
 there is never written over. Then versions and pointer are those there, and the folder is where versions are
-built and where tables that were opened are kept. The lock and the leases are the folder's: two builds on two
-machines both publish whole versions, and the one that ends last is served.
+built and where tables that were opened are kept. The lock and the leases are the folder's: of two builds on
+two machines, which jobs/locks.py keeps apart, both would publish whole versions.
 """
 
 import fcntl

@@ -17,7 +17,7 @@ from tiny import MODEL
 
 from jobs import console, dispatch, journal
 from jobs.console import Outcome
-from jobs.store import Busy, training_lock
+from jobs.locks import Busy, training_lock
 from jobs.tracking import TrackingError, connect
 from pipelines.catalog import DatasetVersion
 from schemas.jobs import CorpusConfig, load

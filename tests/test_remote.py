@@ -1,12 +1,16 @@
 """Laws of a store at a URI, with a server that speaks S3: whole or absent, sent once, hashed when read."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,9 +26,10 @@ from test_stream import streamed
 from test_trainer import fit, trainer
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from jobs import dispatch, journal, schedule
+from jobs import dispatch, journal, locks, schedule
 from jobs.__main__ import main
 from jobs.console import Outcome
+from jobs.locks import Busy, rebuild_lock, training_lock
 from jobs.store import catalog_of, names_in, resolve
 from pipelines.build import BuildReport, build
 from pipelines.cache import CachedShards
@@ -230,6 +235,75 @@ def test_a_scheduled_rebuild_publishes_there(
     schedule.fire("demo", file, str(ROOT), str(store))
     assert [run.status for run in schedule.history(store, "demo")] == ["done", "done"]
     assert elsewhere.versions() == (elsewhere.current(),)
+
+
+def test_what_one_machine_is_at_no_other_begins(
+    machine: Machine, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "APART_S", 0.1)
+    one, two = machine(uri, "one"), machine(uri, "two")
+    with rebuild_lock(one, "demo"):
+        with pytest.raises(
+            Busy, match=rf"'demo' is being rebuilt .*{os.getpid()}\).*90 s after it was killed"
+        ):
+            rebuild_lock(two, "demo").__enter__()
+        with rebuild_lock(two, "another"), training_lock(two, "demo"):
+            pass
+    with rebuild_lock(two, "demo"), pytest.raises(Busy):
+        rebuild_lock(one, "demo").__enter__()
+    assert not any("locks" in name for name in Remote.at(uri).list())
+
+
+@pytest.mark.parametrize("kind", ["s3", "file"])
+def test_the_lock_of_a_killed_process_ends(
+    kind: str, machine: Machine, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own machine knows at once, another one when nobody has written for a while."""
+    place = uri if kind == "s3" else (tmp_path / "far away").as_uri()
+    one, two = machine(place, "one"), machine(place, "two")
+    holder = (
+        "import sys, time; from pathlib import Path; from jobs import locks; locks.BEAT_S = 0.2\n"
+        "with locks.training_lock(Path(sys.argv[1]), 'it'): print('mine', flush=True); time.sleep(100)"
+    )
+    monkeypatch.setattr(locks, "DEAD_S", 2.5)
+    monkeypatch.setattr(locks, "APART_S", 0.1)
+    for at_once, store in ((True, one), (False, two)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", holder, one], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stdout.readline() == "mine\n"
+        time.sleep(4)  # it lives, and says so
+        with pytest.raises(Busy):
+            training_lock(two, "it").__enter__()
+        process.kill()
+        process.wait()
+        if not at_once:
+            with pytest.raises(Busy):
+                training_lock(store, "it").__enter__()
+            time.sleep(4)
+        with training_lock(store, "it"):
+            pass
+
+
+def test_of_many_machines_one_has_the_lock(
+    machine: Machine, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "APART_S", 0.2)
+    stores = [machine(uri, str(number)) for number in range(4)]
+    inside, most, entered = 0, 0, 0
+
+    def compete(store: Path) -> None:
+        nonlocal inside, most, entered
+        for _ in range(3):
+            with suppress(Busy), rebuild_lock(store, "demo"):
+                inside += 1
+                most, entered = max(most, inside), entered + 1
+                time.sleep(0.05)
+                inside -= 1
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compete, stores))
+    assert most == 1 and entered
 
 
 def test_a_byte_that_changed_over_there_is_found(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from jobs import schedule
 from jobs.__main__ import main
-from jobs.store import Busy, rebuild_lock
+from jobs.locks import Busy, rebuild_lock
 from pipelines.catalog import Catalog
 from schemas import cron
 from schemas.jobs import JobFileError, ScheduleConfig, load
