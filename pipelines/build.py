@@ -26,6 +26,7 @@ from pipelines.curate import name, reject
 from pipelines.facts import forget_others, inspection_digest
 from pipelines.grouping import REASONS, Groups, LightRows, StoredThumbnails, group, light_rows
 from pipelines.joining import JoinOrder, JoinReport, join
+from pipelines.mirror import mirrored
 from pipelines.parallel import WorkerError, each
 from pipelines.planning import LightSamples, Plan, light_samples, plan
 from pipelines.reading import ROW, Harvest, HarvestOrder, harvest
@@ -75,14 +76,15 @@ def build(
 
     session    opens Ray, and is not called where nothing changed or one worker does it all; without it the
                caller has started Ray
-    Raises `CorpusError` where a corpus cannot be read, `CatalogError` where another build runs,
-    `BuildError` where too much was rejected, nothing is left, or a worker failed. Then nothing was
-    published.
+    Corpora at a URI are copied beside it first. Raises `CorpusError` where a corpus cannot be read,
+    `CatalogError` where another build runs, `BuildError` where too much was rejected, nothing is left, or a
+    worker failed. Then nothing was published.
     """
     started = time.monotonic()
     if not corpora:
         raise BuildError("no corpora to build from; list some under `corpora`")
     with catalog.building(), _blaming_workers():
+        corpora = mirrored(corpora, catalog.cache / "corpora")
         memory = recall(corpora, config, catalog.cache / "inputs.json", catalog.root)
         version = memory.version()
         if version is not None:

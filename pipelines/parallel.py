@@ -52,7 +52,7 @@ def each(
     """
     if not orders:
         return
-    progress = _Progress(what, len(orders) if total is None else total)
+    progress = Progress(what, len(orders) if total is None else total)
     one = min(config.num_workers, len(orders)) == 1
     for answer in map(partial(_answer, work), orders) if one else _in_ray(work, orders, config):
         if fault := answer.get("corpus_fault"):
@@ -98,7 +98,7 @@ def _answer(work: Callable[[Order], Report], order: Order) -> dict[str, str]:
 
 def _dataset(orders: Sequence[Record], config: BuildConfig) -> ray.data.Dataset:
     context = DataContext.get_current()
-    context.enable_progress_bars = False  # `_Progress` speaks also where there is no terminal
+    context.enable_progress_bars = False  # `Progress` speaks also where there is no terminal
     context.print_on_execution_start = False
     if config.object_store_mb:
         limits = context.execution_options.resource_limits
@@ -118,7 +118,7 @@ def _results(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
         raise WorkerError(f"{type(cause).__name__}: {first}; its log says more") from error
 
 
-class _Progress:
+class Progress:
     """A line with rate and remaining time every few seconds, and one at the end."""
 
     def __init__(self, what: str, total: int) -> None:

@@ -70,9 +70,9 @@ class Remote:
     def sha256(self, name: str) -> str:
         return copy(self.chunks(name))
 
-    def download(self, name: str, path: Path) -> str:
+    def download(self, name: str, path: Path, *, durable: bool = True) -> str:
         """Returns the SHA-256 of what came. The file takes its name when all of it is there."""
-        with appearing(path) as file:
+        with appearing(path, durable=durable) as file:
             return copy(self.chunks(name), file)
 
     def upload(self, path: Path, name: str) -> str:

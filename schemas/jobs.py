@@ -331,7 +331,11 @@ class CorpusConfig(Settings):
     name: Name
     format: Format
     split: Literal["train", "val"]
-    root: str = Field(default=".", description="all other paths are relative to it and may not leave it")
+    root: str = Field(
+        default=".",
+        description="folder or URI; all other paths are relative to it and may not leave it; what lies at a "
+        "URI is copied into the store before it is read",
+    )
     images: str = Field(default="", description="folder of the images")
     annotations: str = Field(
         default="", description="annotation file; tars and tables may be a pattern, *.tar"

@@ -34,6 +34,7 @@ from jobs.store import catalog_of, names_in, resolve
 from pipelines.build import BuildReport, build
 from pipelines.cache import CachedShards
 from pipelines.catalog import Catalog, CatalogError, DatasetVersion, content_id, names_there
+from pipelines.corpora.rows import CorpusError
 from pipelines.remote import Remote, RemoteError
 from pipelines.shards import file_sha256
 from pipelines.stream import read_samples
@@ -235,6 +236,66 @@ def test_a_scheduled_rebuild_publishes_there(
     schedule.fire("demo", file, str(ROOT), str(store))
     assert [run.status for run in schedule.history(store, "demo")] == ["done", "done"]
     assert elsewhere.versions() == (elsewhere.current(),)
+
+
+def test_a_corpus_at_a_uri_is_copied_once(
+    demo_corpora: tuple[CorpusConfig, ...], uri: str, server: Server, tmp_path: Path
+) -> None:
+    def read() -> list[str]:
+        """The files that were fetched since this was last asked."""
+        found = [path for method, path, _ in server.requests if method == "GET" and "." in path]
+        server.requests.clear()
+        return found
+
+    world, there = Path(demo_corpora[0].root), Remote.at(uri)
+    files = [path for path in world.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda path: there.upload(path, path.relative_to(world).as_posix()), files))
+    corpora = [corpus.model_copy(update={"root": uri}) for corpus in demo_corpora]
+    expected = build(demo_corpora, SMALL_SHARDS, Catalog(tmp_path / "here", "demo"))
+    catalog = Catalog(tmp_path / "store", "demo")
+    read()
+    assert build(corpora, SMALL_SHARDS, catalog).version == expected.version
+    assert len(read()) == len(files)
+    again = build(corpora, SMALL_SHARDS, catalog)
+    assert not again.new and not again.inspected and not again.shards_written and read() == []
+
+    images, table = next((c.images, c.annotations) for c in demo_corpora if c.format == "captions_table")
+    header, line, *lines = (world / table).read_text(encoding="utf-8").splitlines()
+    there.write(table, "\n".join([header, line.split("\t")[0] + "\tanother", *lines]).encode() + b"\n")
+    changed = build(corpora, SMALL_SHARDS, catalog)
+    assert changed.new and changed.shards_written == 1
+    (fetched,) = read()
+    assert fetched.endswith(table)
+    there.delete(f"{images}/{line.split(chr(9))[0]}")
+    assert set(build(corpora, SMALL_SHARDS, catalog).rejects) == {"no-image"}
+
+
+def test_a_version_at_a_uri_is_a_corpus(
+    demo_dataset: DatasetVersion, machine: Machine, uri: str, tmp_path: Path
+) -> None:
+    catalog = published(demo_dataset, machine(uri, "one"))
+    place, _, options = uri.partition("?")
+    root = f"{place}/datasets/demo/versions/{demo_dataset.id}?{options}"
+    of_all = {"name": "composed", "format": "dataset", "split": "train", "parts": ("train", "val")}
+    corpus = CorpusConfig.model_validate(of_all | {"root": root})
+    store = Catalog(tmp_path / "store", "composed")
+    report = build([corpus], SMALL_SHARDS, store)
+    assert report.num_samples == len(demo_dataset.samples) and not report.rejects
+    store.open().verify()
+    local = corpus.model_copy(update={"root": str(demo_dataset.folder)})
+    assert build([local], SMALL_SHARDS, Catalog(tmp_path / "here", "composed")).version == report.version
+    build([local], SMALL_SHARDS, store)
+    assert not list((store.cache / "corpora").iterdir()), "what no corpus needs any more"
+    assert catalog.remote is not None
+    for wrong in (root.replace(demo_dataset.id, "0000"), uri):
+        with pytest.raises(CorpusError, match="version"):
+            build([corpus.model_copy(update={"root": wrong})], SMALL_SHARDS, store)
+    with pytest.raises(CorpusError, match="holds no files"):
+        nothing = {"format": "webdataset", "annotations": "*.tar", "root": f"{place}/nothing?{options}"}
+        build([corpus.model_copy(update=nothing)], SMALL_SHARDS, store)
+    with pytest.raises(CorpusError, match="holds no key"):
+        build([corpus.model_copy(update={"root": "s3://key:secret@bucket/x"})], SMALL_SHARDS, store)
 
 
 def test_what_one_machine_is_at_no_other_begins(

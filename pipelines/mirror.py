@@ -1,0 +1,116 @@
+"""Corpora at a URI: what is new or changed over there is copied beside the build, which then reads files.
+
+A copy has the size and the time of change of what it was copied from, as rsync does it, so nothing else is
+remembered and losing the folder costs time only. A version of our own comes with the shards that it names.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from pipelines.catalog import names_there
+from pipelines.corpora.rows import CorpusError
+from pipelines.parallel import Progress
+from pipelines.remote import Remote
+from schemas.jobs import CorpusConfig
+
+log = logging.getLogger(__name__)
+_DOWNLOADS = 16  # at a time; chosen by us
+_Wanted = dict[str, tuple[str, fs.FileInfo]]  # by names here, names and facts over there
+
+
+def mirrored(corpora: Sequence[CorpusConfig], folder: Path) -> list[CorpusConfig]:
+    """The same corpora with their roots on this machine; those at a URI are brought up to date in `folder`.
+
+    What no corpus needs any more is deleted there. Raises `CorpusError` where a URI holds nothing or what
+    cannot be copied, `RemoteError` where it cannot be read.
+    """
+    homes: dict[Path, tuple[Remote, _Wanted]] = {}
+    found = []
+    for corpus in corpora:
+        if "://" not in corpus.root:
+            found.append(corpus)
+            continue
+        there, below = _place(corpus)
+        home = folder / hashlib.sha256(there.uri.encode()).hexdigest()[:16]
+        _, wanted = homes.setdefault(home, (there, {}))
+        wanted |= _of_version(there, below) if below else {n: (n, file) for n, file in there.list().items()}
+        found.append(corpus.model_copy(update={"root": str(home / below)}))
+    for path in folder.glob("*"):
+        if path not in homes:
+            shutil.rmtree(path)
+    for home, (there, wanted) in homes.items():
+        _bring(there, wanted, home)
+    return found
+
+
+def _place(corpus: CorpusConfig) -> tuple[Remote, str]:
+    """The root; of a version its dataset, and where it lies below that."""
+    if "@" in corpus.root:
+        raise CorpusError(f"{corpus.name}: a root's address holds no key: set AWS_ACCESS_KEY_ID and the like")
+    if corpus.format != "dataset":
+        return Remote.at(corpus.root), ""
+    place, mark, options = corpus.root.partition("?")
+    dataset, _, version = place.rstrip("/").rpartition("/versions/")
+    if not dataset or "/" in version:
+        raise CorpusError(f"{place}: `root` is the place of a version, .../datasets/<name>/versions/<id>")
+    return Remote.at(f"{dataset}{mark}{options}"), f"versions/{version}"
+
+
+def _of_version(there: Remote, version: str) -> _Wanted:
+    """Its tables and its shards; one that is not there costs the samples that it held."""
+    tables = {f"{version}/{name}": file for name, file in there.list(version).items()}
+    if f"{version}/manifest.parquet" not in tables:
+        raise CorpusError(f"{there}/{version} is no version of a dataset")
+    manifest = pq.read_table(pa.BufferReader(there.read(f"{version}/manifest.parquet")))
+    shards = there.list("shards")
+    named = {f"shards/{here}": name for here, name in names_there(manifest).items() if name in shards}
+    wanted = {name: (name, file) for name, file in tables.items()}
+    return wanted | {here: (f"shards/{name}", shards[name]) for here, name in named.items()}
+
+
+def _bring(there: Remote, wanted: _Wanted, home: Path) -> None:
+    """Copy what differs, delete what is not wanted."""
+    if not wanted:
+        raise CorpusError(f"{there} holds no files")
+    for name in wanted:
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise CorpusError(f"{there}/{name}: a name that leads elsewhere cannot be copied")
+    for path in home.rglob("*"):
+        if path.is_file() and path.relative_to(home).as_posix() not in wanted:
+            path.unlink()
+    changed = {name: one for name, one in wanted.items() if not _same(home / name, one[1])}
+    if not changed:
+        return
+    log.info("%d of %d files of %s are new or changed", len(changed), len(wanted), there)
+    progress = Progress("copied files", len(changed))
+    pool = ThreadPoolExecutor(max_workers=_DOWNLOADS)
+    try:
+        for _ in pool.map(partial(_copy, there, home), changed, changed.values()):
+            progress.add(1)
+    finally:  # what was not begun need not begin where one has failed
+        pool.shutdown(cancel_futures=True)
+
+
+def _copy(there: Remote, home: Path, name: str, one: tuple[str, fs.FileInfo]) -> None:
+    path, (source, file) = home / name, one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there.download(source, path, durable=False)
+    os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
+
+
+def _same(path: Path, file: fs.FileInfo) -> bool:
+    try:
+        here = path.stat()
+    except OSError:
+        return False
+    return (here.st_size, here.st_mtime_ns) == (file.size, file.mtime_ns)
