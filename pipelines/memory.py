@@ -9,9 +9,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> None:
     """Have glibc keep what pictures and tensors free, instead of handing it back and faulting it in again.
 
-    A worker of Ray hands back everything at once: 570 page faults a picture of 480 x 640, a fifth of the time
-    of decoding it. Pieces above 32 MB are still handed back (the most that `M_MMAP_THRESHOLD` takes).
-    Elsewhere than with glibc nothing happens.
+    A worker of Ray hands back everything at once, so every picture costs it the page faults of its size.
+    Pieces above 32 MB are still handed back (the most that `M_MMAP_THRESHOLD` takes). Elsewhere than with
+    glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
