@@ -152,6 +152,9 @@ def _holder(place: "Remote", own: str, side: str) -> str:
 def _beat(place: "Remote", own: str, over: threading.Event) -> None:
     while not over.wait(BEAT_S):
         try:
+            if own not in place.list():
+                log.error("this process was away so long that another one may have begun the same: end it")
+                return
             place.write(own, json.dumps(_process()).encode())
         except OSError as error:
             log.warning("others may begin the same %g s after this: %s", DEAD_S, error)

@@ -346,6 +346,19 @@ def test_the_lock_of_a_killed_process_ends(
             pass
 
 
+def test_a_process_whose_lock_was_taken_says_so(
+    machine: Machine, uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that was frozen for longer than its lock lives."""
+    monkeypatch.setattr(locks, "BEAT_S", 0.3)
+    one, two = machine(uri, "one"), machine(uri, "two")
+    with rebuild_lock(one, "demo"):
+        monkeypatch.setattr(locks, "DEAD_S", -10)
+        with rebuild_lock(two, "demo"):
+            time.sleep(1)
+            assert "another one may have begun the same" in caplog.text
+
+
 def test_of_many_machines_one_has_the_lock(
     machine: Machine, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
