@@ -149,7 +149,7 @@ class Ledger:
 
 def digest(job: PretrainJob, version: str, seed: int) -> str:
     """What follows from everything that a training depends on."""
-    return hashlib.sha256(f"{job.model_dump_json()} {version} {seed}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{job.model_dump_json()} {version} {seed} {GAMMA}".encode()).hexdigest()[:16]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

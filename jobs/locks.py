@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -45,27 +46,29 @@ def promotion_lock(store: Path, model: str) -> Iterator[None]:
     name = f"promote-{model}"
     with _lock_file(store, name) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with _ticket(store, name, "", patient=True):
+        with _ticket(store, name):
             yield
 
 
 @contextmanager
 def rebuild_lock(store: Path, dataset: str) -> Iterator[None]:
     """One rebuild of a dataset at a time, with all that follows it. Raises `Busy` where another runs."""
-    with _alone(store, f"rebuild-{dataset}", f"dataset {dataset!r} is being rebuilt by another process"):
+    name, refusal = f"rebuild-{dataset}", f"dataset {dataset!r} is being rebuilt by another process"
+    with _alone(store, name, refusal), _ticket(store, name, refusal):
         yield
 
 
 @contextmanager
 def training_lock(store: Path, run: str) -> Iterator[None]:
     """One training of a run at a time: two would overwrite each other's checkpoints. Raises `Busy`."""
-    with _alone(store, f"train-{run}", f"the training {run!r} is under way in another process"):
+    name, refusal = f"train-{run}", f"the training {run!r} is under way in another process"
+    with _alone(store, name, refusal), _ticket(store, name, refusal):
         yield
 
 
 @contextmanager
 def scheduler_lock(store: Path) -> Iterator[None]:
-    """One scheduler a store. Raises `Busy` where another runs."""
+    """One scheduler a store's folder, which keeps its times. Raises `Busy` where another runs."""
     with _alone(store, "schedule", f"another scheduler keeps the schedule of {store}"):
         yield
 
@@ -82,8 +85,7 @@ def _alone(store: Path, name: str, refusal: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{_process()}\n")
         file.flush()
-        with _ticket(store, name, refusal, patient=False):
-            yield
+        yield
 
 
 @contextmanager
@@ -96,31 +98,34 @@ def _lock_file(store: Path, name: str) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _ticket(store: Path, name: str, refusal: str, *, patient: bool) -> Iterator[None]:
-    """The lock of the store's other side, if it has one, for whoever has that of this side."""
+def _ticket(store: Path, name: str, refusal: str = "") -> Iterator[None]:
+    """The lock of the store's other side, if it has one, for whoever has that of this side.
+
+    With a `refusal` nobody waits for it.
+    """
     there = remote(store)
     if there is None:
         yield
         return
-    place, side = there / f"locks/{name}", _side(store)
+    place, side, over = there / f"locks/{name}", _side(store), threading.Event()
     own = f"{side}-{secrets.token_hex(8)}.json"
-    tries = 0
-    while holder := _holder(place, own, side):
-        tries += 1
-        if not patient and tries == TRIES:
-            raise Busy(
-                f"{refusal} (host and process: {holder}); wait for it, or end it: {DEAD_S:g} s after it was "
-                "killed its lock is gone"
-            )
-        time.sleep(random.uniform(0, APART_S))
-    over = threading.Event()
     beat = threading.Thread(target=_beat, args=(place, own, over), name="lock", daemon=True)
-    beat.start()
     try:
+        tries = 0
+        while holder := _holder(place, own, side):
+            tries += 1
+            if refusal and tries == TRIES:
+                raise Busy(
+                    f"{refusal} (host and process: {holder}); wait for it, or end it: {DEAD_S:g} s after it "
+                    "was killed its lock is gone"
+                )
+            time.sleep(random.uniform(0, APART_S))
+        beat.start()
         yield
     finally:
         over.set()
-        beat.join()
+        if beat.ident:
+            beat.join()
         with suppress(OSError):  # then it dies of age
             place.delete(own)
 
@@ -150,26 +155,33 @@ def _holder(place: "Remote", own: str, side: str) -> str:
 
 
 def _beat(place: "Remote", own: str, over: threading.Event) -> None:
+    """Write the ticket anew; where it is gone, or was not written for too long, interrupt the process."""
+    written = time.monotonic()
     while not over.wait(BEAT_S):
         try:
-            if own not in place.list():
-                log.error("this process was away so long that another one may have begun the same: end it")
-                return
-            place.write(own, json.dumps(_process()).encode())
+            if own in place.list():
+                place.write(own, json.dumps(_process()).encode())
+                written = time.monotonic()
+                continue
         except OSError as error:
-            log.warning("others may begin the same %g s after this: %s", DEAD_S, error)
+            if time.monotonic() - written < DEAD_S:
+                log.warning("others may begin the same in %g s: %s", DEAD_S, error)
+                continue
+        log.error("this process was away so long that another one may have begun the same: it is interrupted")
+        os.kill(os.getpid(), signal.SIGINT)
+        return
 
 
 def _side(store: Path) -> str:
-    """A name of this folder, whatever the machine is called."""
-    path = store / "locks" / "side"
+    """A name of this folder on this machine since it was started, whatever the machine is called."""
+    path, boot = store / "locks" / "side", Path("/proc/sys/kernel/random/boot_id")
     if not path.is_file():
         unfinished = path.with_name(f".side.{secrets.token_hex(8)}")
         unfinished.write_text(secrets.token_hex(8), encoding="utf-8")
         with suppress(FileExistsError):  # another process was first
             os.link(unfinished, path)
         unfinished.unlink()
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8") + (boot.read_text()[:8] if boot.is_file() else "")
 
 
 def _process() -> str:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def run(job: RebuildJob, store: Path, source: str) -> Outcome:
-    """Build, publish, follow up; a rebuild with nothing changed writes nothing.
+    """Build, publish, follow up; a rebuild with nothing changed writes nothing but its lock.
 
     Raises `Busy` where another process rebuilds this dataset, `ValueError` for what can be mended.
     """

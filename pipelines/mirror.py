@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from pyarrow import fs
 from pipelines.catalog import names_there
 from pipelines.corpora.rows import CorpusError
 from pipelines.parallel import Progress
-from pipelines.remote import Remote
+from pipelines.remote import Remote, RemoteError
 from schemas.jobs import CorpusConfig
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,14 @@ def mirrored(corpora: Sequence[CorpusConfig], folder: Path) -> list[CorpusConfig
         if "://" not in corpus.root:
             found.append(corpus)
             continue
-        there, below = _place(corpus)
-        home = folder / hashlib.sha256(there.uri.encode()).hexdigest()[:16]
-        _, wanted = homes.setdefault(home, (there, {}))
-        wanted |= _of_version(there, below) if below else {n: (n, file) for n, file in there.list().items()}
+        address, below = _place(corpus)
+        home = folder / hashlib.sha256(address.encode()).hexdigest()[:16]
+        if home not in homes:
+            there = Remote.at(address)
+            homes[home] = there, {} if below else {name: (name, file) for name, file in there.list().items()}
+        there, wanted = homes[home]
+        if below:
+            wanted |= _of_version(there, below)
         found.append(corpus.model_copy(update={"root": str(home / below)}))
     for path in folder.glob("*"):
         if path not in homes:
@@ -53,17 +58,17 @@ def mirrored(corpora: Sequence[CorpusConfig], folder: Path) -> list[CorpusConfig
     return found
 
 
-def _place(corpus: CorpusConfig) -> tuple[Remote, str]:
-    """The root; of a version its dataset, and where it lies below that."""
+def _place(corpus: CorpusConfig) -> tuple[str, str]:
+    """The root's URI; of a version its dataset's, and where it lies below that."""
     if "@" in corpus.root:
         raise CorpusError(f"{corpus.name}: a root's address holds no key: set AWS_ACCESS_KEY_ID and the like")
     if corpus.format != "dataset":
-        return Remote.at(corpus.root), ""
+        return corpus.root, ""
     place, mark, options = corpus.root.partition("?")
     dataset, _, version = place.rstrip("/").rpartition("/versions/")
     if not dataset or "/" in version:
         raise CorpusError(f"{place}: `root` is the place of a version, .../datasets/<name>/versions/<id>")
-    return Remote.at(f"{dataset}{mark}{options}"), f"versions/{version}"
+    return f"{dataset}{mark}{options}", f"versions/{version}"
 
 
 def _of_version(there: Remote, version: str) -> _Wanted:
@@ -85,8 +90,11 @@ def _bring(there: Remote, wanted: _Wanted, home: Path) -> None:
     for name in wanted:
         if not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise CorpusError(f"{there}/{name}: a name that leads elsewhere cannot be copied")
-    for path in home.rglob("*"):
-        if path.is_file() and path.relative_to(home).as_posix() not in wanted:
+    for path in sorted(home.rglob("*"), reverse=True):  # what lies in a folder before the folder
+        if path.is_dir():
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+        elif path.relative_to(home).as_posix() not in wanted:
             path.unlink()
     changed = {name: one for name, one in wanted.items() if not _same(home / name, one[1])}
     if not changed:
@@ -103,9 +111,14 @@ def _bring(there: Remote, wanted: _Wanted, home: Path) -> None:
 
 def _copy(there: Remote, home: Path, name: str, one: tuple[str, fs.FileInfo]) -> None:
     path, (source, file) = home / name, one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    there.download(source, path, durable=False)
-    os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there.download(source, path, durable=False)
+        os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
+    except RemoteError:
+        raise
+    except OSError as error:
+        raise CorpusError(f"cannot copy {there}/{source} to {path}: {error.strerror or error}") from error
 
 
 def _same(path: Path, file: fs.FileInfo) -> bool:

@@ -1,8 +1,8 @@
 """The parallel steps of a build as Ray Data graphs: a row is an order for one task, its answer a report.
 
 Orders and reports are small documents; what they speak of lies in files. Reports come in any order, so
-nothing may depend on it; a task may run twice, so it replaces whole files. One worker, or one order, is for
-the calling process, without Ray; for more the caller has started it.
+nothing may depend on it; a task may run twice, so it replaces whole files. One worker is the calling process,
+without Ray; for more the caller has started it.
 """
 
 import logging
@@ -53,7 +53,7 @@ def each(
     if not orders:
         return
     progress = Progress(what, len(orders) if total is None else total)
-    one = min(config.num_workers, len(orders)) == 1
+    one = config.num_workers == 1
     for answer in map(partial(_answer, work), orders) if one else _in_ray(work, orders, config):
         if fault := answer.get("corpus_fault"):
             raise CorpusError(fault)

@@ -315,48 +315,49 @@ def test_what_one_machine_is_at_no_other_begins(
     assert not any("locks" in name for name in Remote.at(uri).list())
 
 
-@pytest.mark.parametrize("kind", ["s3", "file"])
 def test_the_lock_of_a_killed_process_ends(
-    kind: str, machine: Machine, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own machine knows at once, another one when nobody has written for a while."""
-    place = uri if kind == "s3" else (tmp_path / "far away").as_uri()
-    one, two = machine(place, "one"), machine(place, "two")
+    one, two = machine(uri, "one"), machine(uri, "two")
     holder = (
         "import sys, time; from pathlib import Path; from jobs import locks; locks.BEAT_S = 0.2\n"
         "with locks.training_lock(Path(sys.argv[1]), 'it'): print('mine', flush=True); time.sleep(100)"
     )
-    monkeypatch.setattr(locks, "DEAD_S", 2.5)
     monkeypatch.setattr(locks, "APART_S", 0.1)
-    for at_once, store in ((True, one), (False, two)):
+    for store in (one, two):
+        monkeypatch.setattr(locks, "DEAD_S", 5)
         process = subprocess.Popen(
             [sys.executable, "-c", holder, one], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None and process.stdout.readline() == "mine\n"
-        time.sleep(4)  # it lives, and says so
+        if store == two:
+            time.sleep(7)  # it lives, and says so
         with pytest.raises(Busy):
             training_lock(two, "it").__enter__()
         process.kill()
         process.wait()
-        if not at_once:
+        if store == two:
+            monkeypatch.setattr(locks, "DEAD_S", 1000)
             with pytest.raises(Busy):
                 training_lock(store, "it").__enter__()
+            monkeypatch.setattr(locks, "DEAD_S", 2)
             time.sleep(4)
         with training_lock(store, "it"):
             pass
 
 
-def test_a_process_whose_lock_was_taken_says_so(
+def test_a_process_whose_lock_was_taken_is_interrupted(
     machine: Machine, uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As one that was frozen for longer than its lock lives."""
     monkeypatch.setattr(locks, "BEAT_S", 0.3)
     one, two = machine(uri, "one"), machine(uri, "two")
-    with rebuild_lock(one, "demo"):
+    with pytest.raises(KeyboardInterrupt), rebuild_lock(one, "demo"):
         monkeypatch.setattr(locks, "DEAD_S", -10)
-        with rebuild_lock(two, "demo"):
-            time.sleep(1)
-            assert "another one may have begun the same" in caplog.text
+        rebuild_lock(two, "demo").__enter__()
+        time.sleep(60)
+    assert "another one may have begun the same" in caplog.text
 
 
 def test_of_many_machines_one_has_the_lock(
@@ -377,7 +378,8 @@ def test_of_many_machines_one_has_the_lock(
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(compete, stores))
-    assert most == 1 and entered
+    compete(stores[0])
+    assert most == 1 and entered >= 3
 
 
 def test_a_byte_that_changed_over_there_is_found(
@@ -489,8 +491,16 @@ def test_what_is_refused_costs_no_samples(
 
 
 def test_checkpoints_lie_there_and_a_damaged_one_gives_way(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    uri: str,
+    server: Server,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def refuse(request: Request) -> None:
+        if request[1].endswith("rank0.pt"):
+            raise PermissionError
+
     there = Remote.at(uri) / "checkpoints"
 
     def checkpoints(machine: str) -> Checkpoints:
@@ -509,6 +519,9 @@ def test_checkpoints_lie_there_and_a_damaged_one_gives_way(
     checkpoints("two").restore(again)
     weights = of.model.state_dict()
     assert again.step == 3 and all(torch.equal(x, weights[n]) for n, x in again.model.state_dict().items())
+    with monkeypatch.context() as patch, pytest.raises(RemoteError, match="cannot read"):
+        patch.setattr(server, "before", refuse)
+        checkpoints("two").restore(again)  # what cannot be read just now may be whole
     there.write("step-00000003/rank0.pt", b"damaged")
     checkpoints("three").restore(again)
     assert again.step == 1 and "step-00000003 is damaged" in caplog.text

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from xdecoder.model.files import ModelCard, save_model
 from xdecoder.training import parallel
-from xdecoder.training.checkpoint_files import MANIFEST, Elsewhere, Files, Folder, Place, sha256
+from xdecoder.training.checkpoint_files import DAMAGE, MANIFEST, Elsewhere, Files, Folder, Place, sha256
 from xdecoder.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -86,8 +86,9 @@ class Checkpoints:
             )
 
     def restore(self, trainer: Trainer) -> Path | None:
-        """Go on from the newest checkpoint that is whole; None where there is none. Every rank has to
-        come.
+        """Go on from the newest checkpoint that is whole; None where there is none. Every rank has to come.
+
+        Raises `OSError` on all ranks where one cannot read what may be whole.
         """
         if self.rank == 0:
             for leftover in self.folder.glob(".step-*"):
@@ -100,6 +101,9 @@ class Checkpoints:
             try:
                 found = self._exchange(self._attempt(self._bring, name, scratch))
                 faults = [one for one in found if isinstance(one, Exception)]
+                for fault in faults:
+                    if not isinstance(fault, DAMAGE):  # it may be whole, and cannot be read just now
+                        raise fault
                 if not faults:
                     restore(trainer, found[self.rank])
                     return self.folder / name
@@ -167,13 +171,16 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         self.place.finish(unfinished, name)
-        metrics = {name: self._metric(name) for name in self.place.names()}
-        self.place.keep(metrics.keys() - self._superfluous(metrics))
+        try:
+            metrics = {name: self._metric(name) for name in self.place.names()}
+            self.place.keep(metrics.keys() - self._superfluous(metrics))
+        except OSError as error:
+            log.warning("older checkpoints stay for now: %s", error)
 
     def _metric(self, name: str) -> float | None:
         try:
             metric: float | None = self.place.manifest(name)["metric"]
-        except (OSError, ValueError, KeyError):  # damaged
+        except DAMAGE:
             return None
         return metric
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 MANIFEST = "checkpoint.json"
+DAMAGE = (FileNotFoundError, ValueError, KeyError)  # what is raised about files that are not what was written
 
 
 class Place(Protocol):
@@ -21,16 +22,16 @@ class Place(Protocol):
         """Of those that are there, oldest first."""
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """Raises `OSError` or `ValueError` where it is damaged."""
+        """Raises one of `DAMAGE` where it is not what was written."""
 
     def take(self, part: Path, name: str, digest: str) -> None:
-        """A file of a checkpoint to be. Raises `OSError` where it is not what was written."""
+        """A file of a checkpoint to be. Raises `ValueError` where something else arrived."""
 
     def finish(self, unfinished: Path, name: str) -> None:
         """Every part was taken and the folder has the manifest: now the checkpoint is there."""
 
     def bring(self, name: str, files: Mapping[str, str], scratch: Path) -> Path:
-        """The folder where these files lie, by their digests. Raises `OSError` where one is another."""
+        """The folder where these files lie, by their digests. Raises one of `DAMAGE` where one is another."""
 
     def keep(self, names: Collection[str]) -> None:
         """Remove all but these."""
@@ -130,7 +131,7 @@ def sha256(path: Path) -> str:
 
 def _compare(file: str, found: str, digest: str) -> None:
     if found != digest:
-        raise OSError(f"not what was written: {file}")
+        raise ValueError(f"not what was written: {file}")
 
 
 def _sync(folder: Path) -> None:
