@@ -148,7 +148,7 @@ class Ledger:
 
 
 def digest(job: PretrainJob, version: str, seed: int) -> str:
-    """What follows from everything that a training depends on."""
+    """What follows from everything that a training and its scores depend on."""
     return hashlib.sha256(f"{job.model_dump_json()} {version} {seed} {GAMMA}".encode()).hexdigest()[:16]
 
 

@@ -39,7 +39,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipelines.atomic import sweep, sync_folder, write_atomically
 from pipelines.cache import LocalShards, RemoteShards, Shards
 from pipelines.changes import Diff, compare
-from pipelines.remote import Remote
+from pipelines.remote import Remote, at_once
 from pipelines.shards import file_sha256
 from schemas.records import SAMPLES, Record, Split
 from schemas.taxonomy import Category, Taxonomy
@@ -305,12 +305,8 @@ class Catalog:
         ]
         if sent:
             log.info("%d of %d shards are not yet at %s", len(sent), len(names), remote)
-        pool = ThreadPoolExecutor(max_workers=_UPLOADS)
-        try:
-            for _ in pool.map(partial(_send, remote), sent):
-                pass
-        finally:  # what was not begun need not begin where one has failed
-            pool.shutdown(cancel_futures=True)
+        for _ in at_once(_UPLOADS, partial(_send, remote), sent):
+            pass
         hashes = _HASHES.validate_json((here / CHECKSUMS).read_bytes())
         hashes[CHECKSUMS] = file_sha256(here / CHECKSUMS)
         tables = remote.list(f"versions/{version}")

@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from pyarrow import fs
 from pipelines.catalog import names_there
 from pipelines.corpora.rows import CorpusError
 from pipelines.parallel import Progress
-from pipelines.remote import Remote, RemoteError
+from pipelines.remote import Remote, RemoteError, at_once
 from schemas.jobs import CorpusConfig
 
 log = logging.getLogger(__name__)
@@ -101,16 +100,13 @@ def _bring(there: Remote, wanted: _Wanted, home: Path) -> None:
         return
     log.info("%d of %d files of %s are new or changed", len(changed), len(wanted), there)
     progress = Progress("copied files", len(changed))
-    pool = ThreadPoolExecutor(max_workers=_DOWNLOADS)
-    try:
-        for _ in pool.map(partial(_copy, there, home), changed, changed.values()):
-            progress.add(1)
-    finally:  # what was not begun need not begin where one has failed
-        pool.shutdown(cancel_futures=True)
+    for _ in at_once(_DOWNLOADS, partial(_copy, there, home), changed.items()):
+        progress.add(1)
 
 
-def _copy(there: Remote, home: Path, name: str, one: tuple[str, fs.FileInfo]) -> None:
-    path, (source, file) = home / name, one
+def _copy(there: Remote, home: Path, one: tuple[str, tuple[str, fs.FileInfo]]) -> None:
+    name, (source, file) = one
+    path = home / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         there.download(source, path, durable=False)

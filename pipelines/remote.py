@@ -7,17 +7,19 @@ at the end. What may be replaced is for the callers to decide.
 import hashlib
 import posixpath
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
 from pipelines.atomic import SUFFIX, appearing
 
+T = TypeVar("T")
 _CHUNK = 2**22  # bytes; chosen by us
 _RENAMING = ("local", "hdfs")  # pyarrow's names of file systems that show what is half written
 
@@ -130,6 +132,19 @@ class Remote:
             raise
         except (OSError, pa.ArrowException) as error:
             raise _refused(doing, f"{self.uri}/{name}", error) from error
+
+
+def at_once(number: int, work: Callable[[T], object], items: Iterable[T]) -> Iterator[None]:
+    """Do the work on every item, so many at a time; yields whenever the next one is done.
+
+    Raises what the first that failed did, and then begins no other.
+    """
+    pool = ThreadPoolExecutor(max_workers=number)
+    try:
+        for _ in pool.map(work, items):
+            yield
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def copy(chunks: Iterable[bytes], file: Any = None) -> str:

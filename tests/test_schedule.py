@@ -206,9 +206,8 @@ def test_many_missed_runs_are_made_up_by_one_and_old_ones_by_none(
 ) -> None:
     """What a machine leaves that was off for five hours: the next run of each file lies in the past."""
     now = datetime.now(UTC)
-    fresh = job_file(
-        tmp_path, "fresh", schedule={"cron": f"{(now.minute + 30) % 60} * * * *"}
-    )  # not while this runs
+    hourly = f"{(now.minute + 30) % 60} * * * *"  # not while this runs
+    fresh = job_file(tmp_path, "fresh", schedule={"cron": hourly})
     stale = job_file(tmp_path, "stale", schedule={"cron": "0 0 1 1 *", "grace_s": 60})
     off = BackgroundScheduler(jobstores={"default": schedule._job_store(store)}, timezone=UTC)
     off.start(paused=True)
