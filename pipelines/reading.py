@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipelines.atomic import write_atomically
 from pipelines.captions import repeated
 from pipelines.catalog import SourceCard
 from pipelines.corpora import readers
-from pipelines.corpora.rows import Row
+from pipelines.corpora.rows import CorpusError, Row
 from pipelines.labels import SegmentRule
 from pipelines.screening import all_captions, screen
 from pipelines.spool import RUN, save
@@ -23,6 +24,7 @@ from schemas.jobs import CorpusConfig, CurateConfig
 from schemas.records import REJECTS, Record, Reject
 from schemas.taxonomy import Taxonomy
 
+log = logging.getLogger(__name__)
 RUN_BYTES = 64 * 2**20  # chosen by us: what one process holds of a corpus beside its reader
 ROW = TypeAdapter(Row)
 T = TypeVar("T")
@@ -49,6 +51,21 @@ class Harvest(Record):
 
 def harvest(order: HarvestOrder) -> Harvest:
     """Read one corpus. Raises `CorpusError`, and `OSError` where nothing can be written."""
+    try:
+        return _harvest(order)
+    except (CorpusError, OSError):
+        raise
+    except Exception as error:  # a record that no reader foresaw: the error says of which corpus
+        corpus = order.corpus
+        where = f"corpus {corpus.name!r} ({corpus.format}, {corpus.split})"
+        log.exception("%s cannot be read", where)
+        raise CorpusError(
+            f"{where} under {corpus.root!r}: its reader failed ({type(error).__name__}: {error!s:.200}); the "
+            "log says where. Report it, and until then leave out what it fails at"
+        ) from error
+
+
+def _harvest(order: HarvestOrder) -> Harvest:
     corpus, number, folder = order.corpus, order.number, Path(order.work)
     rejects: list[dict[str, Any]] = []
     run = _Run()

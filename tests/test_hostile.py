@@ -25,10 +25,11 @@ from PIL import Image
 
 from pipelines.build import BuildError, build
 from pipelines.catalog import Catalog
-from pipelines.corpora.readers import read
+from pipelines.corpora.readers import READERS, read
 from pipelines.corpora.rows import CorpusError, Row
+from pipelines.reading import HarvestOrder, harvest
 from pipelines.stream import read_samples
-from schemas.jobs import USES, BuildConfig, CorpusConfig
+from schemas.jobs import USES, BuildConfig, CorpusConfig, CurateConfig
 from schemas.masks import ids_to_rgb
 from schemas.records import Reject
 
@@ -427,6 +428,7 @@ LINES: dict[str, tuple[bytes, str]] = {
     "unknown image": (b"9.jpg,a", "no-image"),
     "path with ..": (b"../../etc/passwd,a", "path"),
     "URL as a path": (b"http://example.org/1.jpg,a", "no-image"),
+    "path that is not UTF-8": (b"caf\xe9.jpg,a", "path"),
 }
 
 
@@ -552,6 +554,7 @@ TARS: dict[str, tuple[Callable[[], bytes], str, int]] = {
         "text",
         1,
     ),
+    "key that is not UTF-8": (lambda: pair("a") + pair("caf\udce9", 2) + END, "path", 1),
     "symbolic link as an image": (
         lambda: pair("a") + member("b.jpg", b"", kind=tarfile.SYMTYPE) + member("b.txt", b"x") + END,
         "no-image",
@@ -573,6 +576,36 @@ def test_a_file_that_is_no_plain_tar_is_one_error(tmp_path: Path, content: bytes
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(CorpusError, match=r"x\.tar"):
         outcome(World(tmp_path).config(format="webdataset", annotations="*.tar"))
+
+
+def test_files_whose_names_are_not_utf8_are_named_plainly(tmp_path: Path) -> None:
+    world = World(tmp_path / "c", count=2)
+    (tmp_path / "c/own.yaml").write_text("stuff: {1: grass}")
+    for i in (1, 2):
+        (tmp_path / f"c/labels/{i}.png").write_bytes(png(np.ones((SIDE, 2 * SIDE), dtype=np.uint8)))
+    config = world.config(format="index_maps", classes="own.yaml")
+    for folder, name in (("images", "caf\udce9.jpg"), ("labels", "caf\udce9.png"), ("labels", "x\udce9.png")):
+        (tmp_path / "c" / folder / name).write_bytes(b"")
+    found = outcome(config)
+    assert found.reasons == ["no-image", "no-image", "path"]
+    assert len(found.curated.entries) == 2
+    (tmp_path / "c/\udce9.tar").write_bytes(pair("a") + END)
+    with pytest.raises(CorpusError, match=r"udce9\.tar' is not UTF-8; rename it") as caught:
+        outcome(world.config(format="webdataset", annotations="*.tar"))
+    assert str(caught.value).encode()
+
+
+def test_a_reader_that_fails_unforeseen_names_its_corpus_and_keeps_the_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(config: CorpusConfig) -> Any:
+        raise KeyError("caf\udce9")
+
+    monkeypatch.setitem(READERS, "coco_panoptic", fail)
+    order = HarvestOrder(corpus=World(tmp_path).config(), curate=CurateConfig(), number=0, work=str(tmp_path))
+    with pytest.raises(CorpusError, match=r"corpus 'c' \(coco_panoptic, train\) under .*KeyError") as caught:
+        harvest(order)
+    assert str(caught.value).encode() and "in fail" in caplog.text
 
 
 KEYS = ["a.b/c", "/abs/d", "../up", "sp ace", "ünïcode", "x" * 300, "-", "a%2fb", "c$(touch x)"]

@@ -77,6 +77,8 @@ def matching(corpus: CorpusConfig, pattern: str) -> list[Path]:
     found = sorted(path.resolve() for path in named if path.is_file())
     if not found:
         raise CorpusError(f"{where}: no file {root / pattern}; correct `root` or the pattern")
+    if broken := [path for path in found if not is_utf8(str(path))]:
+        raise CorpusError(f"{where}: the name {str(broken[0])!r} is not UTF-8; rename it")
     if outside := [path for path in found if not path.is_relative_to(root)]:
         raise CorpusError(f"{where}: {outside[0]} lies outside the root {root}; copy it there")
     return found
@@ -168,7 +170,8 @@ def only(indexed: dict[str, list[Any]], key: Id, what: str, missing: Reason) -> 
 def data_file(corpus: CorpusConfig, folder: str, name: str, missing: Reason) -> tuple[str, str]:
     """An image or a label map: its absolute path, and the path below the root that provenance records.
 
-    Raises `Refusal`: "path" where links or dots lead out of the corpus root, `missing` where no file is.
+    Raises `Refusal`: "path" where links or dots lead out of the corpus root or a name is not UTF-8, `missing`
+    where no file is.
     """
     try:
         root, path = _inside(corpus, folder, name)
@@ -192,6 +195,15 @@ def text(value: str) -> str:
     return sentence
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a shard or a table could hold it: what a file system names otherwise comes with surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _where(corpus: CorpusConfig) -> str:
     return f"corpus {corpus.name!r} ({corpus.format}, {corpus.split})"
 
@@ -207,12 +219,14 @@ def _named(corpus: CorpusConfig, setting: str) -> Path:
 
 
 def _inside(corpus: CorpusConfig, *parts: str) -> tuple[str, str]:
-    """The root and what lies below it, links followed; `ValueError` where that leads outside.
+    """The root and what lies below it, links followed; `ValueError` where that leads outside or is not UTF-8.
 
     As texts: with `Path` it would cost more, and it is asked for every file.
     """
     root = os.path.realpath(corpus.root)
     path = os.path.realpath(os.path.join(root, *parts))
+    if not is_utf8("".join((*parts, path))):
+        raise ValueError("is not UTF-8, and no dataset could name it")
     if os.path.islink(path):
         raise ValueError("is a loop of links")
     if not f"{path}/".startswith(os.path.join(root, "")):

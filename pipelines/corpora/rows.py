@@ -21,6 +21,9 @@ MAX_DETAIL = 500  # characters; chosen by us, so that a record cannot fill the t
 class CorpusError(ValueError):
     """A corpus that cannot be read at all. The message names the file and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(encodable(message))
+
 
 class Refusal(Exception):
     """Raised inside a reader about one record; `refuse` turns it into a `Reject`."""
@@ -71,8 +74,13 @@ def refuse(corpus: CorpusConfig, record: str, refusal: Refusal) -> Reject:
     """The row of the rejects table for a refused record; `record` says which, e.g. "image 397133"."""
     return Reject(
         corpus=corpus.name,
-        record=record,
+        record=encodable(record),
         split=corpus.split,
         reason=refusal.reason,
-        detail=refusal.detail[:MAX_DETAIL],
+        detail=encodable(refusal.detail)[:MAX_DETAIL],
     )
+
+
+def encodable(text: str) -> str:
+    """The text with its surrogates, as broken UTF-8 in names of files gives them, spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()

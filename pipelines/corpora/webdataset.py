@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines import places
-from pipelines.corpora.files import IMAGES, matching, text
+from pipelines.corpora.files import IMAGES, is_utf8, matching, text
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
@@ -109,6 +109,8 @@ def _ends(path: Path, end: int) -> bool:
 
 
 def _row(corpus: CorpusConfig, path: Path, file: str, sample: _Sample) -> Row:
+    if not is_utf8(sample.key):
+        raise Refusal("path", "the key is not UTF-8, and no dataset could name it")
     if sample.twice:
         raise Refusal("duplicate-id", f"two images or texts of one key: {sample.twice[:5]!a}")
     images = [suffix for suffix in sample.members if f".{suffix}" in IMAGES]
