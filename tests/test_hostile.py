@@ -4,6 +4,7 @@ All run on one small sound corpus of its format, of which the rest must survive;
 that holds everything at once.
 """
 
+import gzip
 import io
 import json
 import os
@@ -519,6 +520,13 @@ TARS: dict[str, tuple[Callable[[], bytes], str, int]] = {
     ),
     "cut at a member's border": (lambda: pair("a") + pair("b", 2), "record", 1),
     "cut within a member": (lambda: (pair("a") + pair("b", 2))[:-700], "record", 1),
+    "second tar in the same file": (lambda: pair("a") + pair("b", 2) + END + pair("c", 3) + END, "record", 1),
+    "zeros for a member": (
+        lambda: pair("a") + pair("b", 2) + bytes(len(pair("c", 3))) + pair("d", 4) + END,
+        "record",
+        1,
+    ),
+    "hard link alone": (lambda: pair("a") + member("b.jpg", b"", kind=tarfile.LNKTYPE) + END, "no-image", 1),
     "one bad header": (lambda: pair("a") + pair("c", 3) + bytes([1]) * 512 + pair("b", 2) + END, "record", 1),
     "one key twice": (lambda: pair("a") + pair("b", 2) + pair("a", 3) + END, "duplicate-id", 2),
     "two images of one key": (
@@ -606,6 +614,44 @@ def test_a_reader_that_fails_unforeseen_names_its_corpus_and_keeps_the_trace(
     with pytest.raises(CorpusError, match=r"corpus 'c' \(coco_panoptic, train\) under .*KeyError") as caught:
         harvest(order)
     assert str(caught.value).encode() and "in fail" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        END,
+        b"x" * 2000,
+        flipped(pair("b") + END, 20),
+        member("b.jpg", b"x", claimed=2**60, kind=tarfile.XHDTYPE),
+        member("x", b"", kind=tarfile.XHDTYPE) * 2000 + END,
+    ],
+)
+def test_a_tar_without_a_whole_sample_is_a_reject_among_others(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(content)
+    (tmp_path / "y.tar").write_bytes(pair("a") + END)
+    found = outcome(World(tmp_path).config(format="webdataset", annotations="*.tar"))
+    assert found.reasons == ["record"] and len(found.curated.entries) == 1
+    assert found.rejects[0].record == "tar x.tar"
+
+
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE])
+def test_a_sound_tar_may_end_with_something_else_than_a_file(tmp_path: Path, kind: bytes) -> None:
+    config = World(tmp_path).config(format="webdataset", annotations="*.tar")
+    (tmp_path / "x.tar").write_bytes(pair("./a") + member("./a.link", b"", kind=kind) + bytes(10_240))
+    found = outcome(config)
+    assert not found.rejects and len(found.curated.entries) == 1
+
+
+def test_a_compressed_tar_is_to_be_decompressed_and_a_damaged_one_fetched(tmp_path: Path) -> None:
+    config = World(tmp_path).config(format="webdataset", annotations="*.tar")
+    for content, advice in (
+        (gzip.compress(pair("a") + END), "decompress it"),
+        (b"x" * 2000, "mend or fetch them"),
+    ):
+        (tmp_path / "x.tar").write_bytes(content)
+        with pytest.raises(CorpusError, match=rf"x\.tar.*{advice}"):
+            outcome(config)
 
 
 KEYS = ["a.b/c", "/abs/d", "../up", "sp ace", "ünïcode", "x" * 300, "-", "a%2fb", "c$(touch x)"]

@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines import places
 from pipelines.corpora.files import IMAGES, is_utf8, matching, text
@@ -19,6 +20,7 @@ from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
 
 MAX_TEXT_BYTES = 2**20  # of a .txt or .json; chosen by us
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +33,25 @@ class _Sample:
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
-    """One row a sample, in the order of the tars; one reject an unusable one, or a tar that breaks off.
+    """One row a sample, in the order of the tars; one reject an unusable one, or an empty or broken tar.
 
-    Raises `CorpusError`.
+    Raises `CorpusError`, also where no tar holds a sample.
     """
     if not corpus.annotations:
         raise CorpusError(
             f"corpus {corpus.name!r} (webdataset): set `annotations` to a pattern such as *.tar"
         )
     root = Path(corpus.root).resolve()
+    num_samples, broken = 0, []
     for path in matching(corpus, corpus.annotations):
         file = path.relative_to(root).as_posix()
         keys: set[str] = set()
         for item in _samples(path):
             if isinstance(item, Refusal):
+                broken.append(f"{path}: {item.detail}")
                 yield refuse(corpus, f"tar {file}", item)
                 continue
+            num_samples += 1
             try:
                 if item.key in keys:
                     raise Refusal("duplicate-id", "the key stands again later in the tar")
@@ -54,44 +59,46 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 yield _row(corpus, path, file, item)
             except Refusal as refusal:
                 yield refuse(corpus, f"{file} {ascii(item.key):.200}", refusal)
+    if not num_samples:
+        raise CorpusError(f"{broken[0]}; none of {len(broken)} tars holds a whole sample: mend or fetch them")
 
 
 def _samples(path: Path) -> Iterator[_Sample | Refusal]:
     """Neighbouring members of one key; a refusal where the tar breaks off.
 
-    The sample before the break is refused with it, because it may lack members that were lost.
+    The sample before the break is refused with it, because it may lack members that were lost. Raises
+    `CorpusError` where the file cannot be opened or read.
     """
-    size, end = path.stat().st_size, 0
+    end = 0
     sample: _Sample | None = None
     try:
-        with tarfile.open(path, "r:") as tar:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if file.read(8).startswith(_COMPRESSED):
+                raise tarfile.ReadError("it is compressed, decompress it")
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                if not info.isreg() or info.issparse():
-                    continue
-                key, suffix = _split(info.name)
-                if sample is not None and key != sample.key:
-                    yield sample
-                    sample = None
-                sample = sample or _Sample(key=key)
-                if suffix in sample.members:
-                    sample.twice.append(suffix)
-                sample.members[suffix] = (info.offset_data, info.size)
-                if info.offset_data + info.size > size:
-                    raise tarfile.ReadError(f"a member claims {info.size} bytes")
-                end = info.offset_data + info.size
-        if not _ends(path, end):
-            raise tarfile.ReadError("there is no end mark, so it was cut")
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        if sample is None:
-            raise CorpusError(
-                f"{path}: not a plain tar ({error!s:.200}); decompress it, or fetch it again"
-            ) from None
-        lost = f"sample {ascii(sample.key):.200} and what follows are lost"
-        yield Refusal("record", f"the tar is broken behind byte {end}: {error!s:.200}; {lost}")
+                if info.isreg() or info.islnk() or info.issym():
+                    key, suffix = _split(info.name)
+                    if sample is not None and key != sample.key:
+                        yield sample
+                        sample = None
+                    sample = sample or _Sample(key=key)
+                    if info.isreg() and not info.issparse():  # its bytes lie in one piece behind its header
+                        if suffix in sample.members:
+                            sample.twice.append(suffix)
+                        sample.members[suffix] = (info.offset_data, info.size)
+                if tar.offset > size:  # where it looks for the next member, behind folders and links too
+                    raise tarfile.ReadError(f"a member of {info.size} bytes goes beyond the end of the file")
+                end = tar.offset
+            _check_end(file, end)
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read ({error}); allow it, or move it away") from None
+    except Exception as error:  # what `tarfile` raises on hostile bytes is anything
+        lost = "all of it" if sample is None else f"sample {ascii(sample.key):.200} and what follows"
+        yield Refusal("record", f"the tar is broken behind byte {end}: {error!s:.200}; {lost} is lost")
         return
-    if sample is None:
-        raise CorpusError(f"{path}: a tar without members")
-    yield sample
+    yield sample or Refusal("record", "the tar is empty")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -101,11 +108,15 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + key, suffix.lower()
 
 
-def _ends(path: Path, end: int) -> bool:
-    """Whether a tar has the two zero blocks that close it."""
-    with path.open("rb") as file:
-        file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-        return file.read(2 * tarfile.BLOCKSIZE) == bytes(2 * tarfile.BLOCKSIZE)
+def _check_end(file: BinaryIO, end: int) -> None:
+    """Raises `tarfile.ReadError` where there are not two zero blocks at `end`, or not only zeros behind."""
+    file.seek(end)
+    mark = file.read(2 * tarfile.BLOCKSIZE)
+    if mark != bytes(2 * tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("there is no end mark, so it was cut or damaged")
+    while more := file.read(2**20):
+        if more.count(0) != len(more):
+            raise tarfile.ReadError("it goes on behind its end mark: damaged, or several tars in one file")
 
 
 def _row(corpus: CorpusConfig, path: Path, file: str, sample: _Sample) -> Row:
