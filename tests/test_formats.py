@@ -192,6 +192,29 @@ def test_images_and_maps_without_the_other_are_rejects(tmp_path: Path) -> None:
     assert {r.record: r.reason for r in rejects} == {"image 2.png": "no-labels", "map 3.png": "no-image"}
 
 
+def test_links_to_folders_are_rejects_and_unreadable_folders_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link out of the root, one within it and a loop: nothing behind them is read, and each is named."""
+    root = semantic_root(tmp_path / "c", u8([1, 2]))
+    config = corpus(root, "index_maps", images="images", labels="maps", classes="coco_stuff")
+    elsewhere = semantic_root(tmp_path / "d", u8([1, 2]))
+    (root / "images/out").symlink_to(elsewhere / "images")
+    (root / "images/loop").symlink_to(root / "images")
+    (root / "maps/deep").mkdir()
+    (root / "maps/deep/within").symlink_to(root / "images")
+    rows, rejects = both(config)
+    assert len(rows) == 1 and {reject.reason for reject in rejects} == {"path"}
+    assert [reject.record for reject in rejects] == ["images in loop", "images in out", "maps in deep/within"]
+
+    def denied(path: str) -> Any:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.scandir", denied)
+    with pytest.raises(CorpusError, match=r"maps: cannot be read .*Permission denied"):
+        both(config)
+
+
 @real_data
 def test_a_real_pixel_map_has_the_classes_of_its_boxes(tmp_path: Path) -> None:
     coco = SHARED / "data/coco"

@@ -6,7 +6,7 @@ Two kinds of failure: `CorpusError` where a whole file is unusable, `Refusal` wh
 import json
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -59,12 +59,21 @@ def below_root(corpus: CorpusConfig, name: str) -> Path:
 
 
 def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Files of a folder and of those within, relative to it, sorted; links to folders are not followed."""
+    """Files of a folder and of those within, relative to it, sorted; see `linked_folders`.
+
+    Raises `CorpusError` where a folder cannot be read.
+    """
     found = []
-    for base, _, names in os.walk(folder):
+    for base, _, names in _walk(folder):
         inner = Path(base).relative_to(folder)
         found += [(inner / name).as_posix() for name in names if name.lower().endswith(suffixes)]
     return sorted(found)
+
+
+def linked_folders(folder: Path) -> list[str]:
+    """Links to folders in a folder and in those within, relative to it, sorted: they are not followed."""
+    links = (Path(base, name) for base, names, _ in _walk(folder) for name in names)
+    return sorted(link.relative_to(folder).as_posix() for link in links if link.is_symlink())
 
 
 def matching(corpus: CorpusConfig, pattern: str) -> list[Path]:
@@ -202,6 +211,13 @@ def is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    def fail(error: OSError) -> None:
+        raise CorpusError(f"{error.filename}: cannot be read ({error}); allow it, or move it away") from None
+
+    return os.walk(folder, onerror=fail)
 
 
 def _where(corpus: CorpusConfig) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from pipelines.corpora.files import data_file
+from pipelines.corpora.files import data_file, data_folder, linked_folders
 from pipelines.corpora.rows import Refusal, Row, refuse
 from pipelines.labels import SegmentRule, label_place
 from schemas.jobs import CorpusConfig
@@ -20,7 +20,7 @@ def paired(
     *,
     image_id: Callable[[str], str] = str,
 ) -> Iterator[Row | Reject]:
-    """One row an image with a map, one reject an image or a map without the other.
+    """One row an image with a map, one reject an image or a map without the other, or a link to a folder.
 
     images, maps    what an image and its map share, and the file below the folder `images` or `labels`
     endings         what a map adds to what is shared, for the message where it is missing
@@ -49,3 +49,9 @@ def paired(
             yield refuse(corpus, f"image {name:.200}", refusal)
     for name in left.values():
         yield refuse(corpus, f"map {name:.200}", Refusal("no-image", f"no image of it in {corpus.images}"))
+    for what, folder in (("images", data_folder(corpus, "images")), ("maps", data_folder(corpus, "labels"))):
+        for name in linked_folders(folder):
+            detail = (
+                "a link to a folder is not followed; move the folder here, or make it a corpus of its own"
+            )
+            yield refuse(corpus, f"{what} in {name:.200}", Refusal("path", detail))
