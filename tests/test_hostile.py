@@ -11,6 +11,7 @@ import os
 import pickle
 import struct
 import tarfile
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -397,13 +398,60 @@ class Runs:
 
 
 @pytest.mark.parametrize(
-    "content", [b"cos\nsystem\n(S'touch trap'\ntR.", b"\x80\x02]r\xff\xff\xff\x7f.", b"\x80\x05", b"N."]
+    "content",
+    [
+        b"cos\nsystem\n(S'touch trap'\ntR.",
+        b"\x80\x02]r\xff\xff\xff\x7f.",
+        b"\x80\x05",
+        b"N.",
+        b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".",  # a byte array of a terabyte
+        b"\x80\x05\x8e" + struct.pack("<Q", 2**40) + b".",  # bytes of a terabyte
+    ],
 )
 def test_a_forged_pickle_is_one_error(tmp_path: Path, content: bytes) -> None:
     world = World(tmp_path)
     (tmp_path / "refs(unc).p").write_bytes(content)
     with pytest.raises(CorpusError, match=r"refs\(unc\)\.p"):
         outcome(world.config(format="refcoco", annotations="refs(unc).p", instances="panoptic.json"))
+
+
+def test_a_pickle_asks_for_no_more_memory_than_its_file_has(tmp_path: Path) -> None:
+    """Byte arrays were zeroed, and so really taken, before anything was read into them."""
+    world = World(tmp_path)
+    (tmp_path / "refs(unc).p").write_bytes(b"\x80\x05\x96" + struct.pack("<Q", 2**28) + b".")
+    config = world.config(format="refcoco", annotations="refs(unc).p", instances="panoptic.json")
+    tracemalloc.start()
+    with pytest.raises(CorpusError, match=r"refs\(unc\)\.p"):
+        outcome(config)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**24
+
+
+UNUSABLE_IDS = {
+    "5000 digits": 10**5000,
+    "5000 digits below zero": -(10**5000),
+    "infinity": float("inf"),
+    "NaN": float("nan"),
+    "huge": 1e300,
+    "broken": 1.5,
+}
+
+
+@pytest.mark.parametrize("key", ["ref_id", "ann_id", "image_id"])
+@pytest.mark.parametrize("kind", UNUSABLE_IDS)
+def test_an_id_that_is_no_number_to_write_down_is_a_reject(tmp_path: Path, key: str, kind: str) -> None:
+    world = World(tmp_path, count=2)
+    square = [[1, 1, 5, 1, 5, 5, 1, 5]]
+    objects = [{"id": i, "image_id": i, "category_id": 7, "segmentation": square} for i in (1, 2)]
+    world.document["annotations"] = objects
+    refs = [
+        {"ref_id": i, "ann_id": i, "image_id": i, "split": "train", "sentences": [{"sent": "it"}]}
+        for i in (1, 2)
+    ]
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([refs[0], refs[1] | {key: UNUSABLE_IDS[kind]}]))
+    found = outcome(world.config(format="refcoco", annotations="refs(unc).p", instances="panoptic.json"))
+    assert found.reasons == ["record"] and len(found.curated.entries) == 1
 
 
 def test_code_in_a_pickle_never_runs(tmp_path: Path) -> None:

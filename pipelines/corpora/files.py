@@ -21,7 +21,8 @@ MAX_TEXT = 10_000  # characters; chosen by us, far beyond any caption, so that o
 
 # the bound also makes pydantic refuse what cannot be encoded, which neither Arrow nor JSON would carry
 Text = Annotated[str, Field(max_length=2**20)]
-Id = int | Text
+MAX_ID = 2**64  # a pickle holds integers of any length, which Python refuses to write out
+Id = Annotated[int, Field(gt=-MAX_ID, lt=MAX_ID)] | Text
 Pixels = Annotated[int, Field(gt=0, lt=2**31)]
 
 
@@ -149,11 +150,13 @@ def label(what: str, record: Any, key: str, position: int) -> str:
 
 
 def id_of(record: Any, key: str = "id") -> str | None:
-    """The id of a record as text, so that 12 finds "12"; None where it has none that could be one."""
+    """The id of a record as text, so that 12 and 12.0 find "12"; None where it has none that could be one."""
     value = record.get(key) if isinstance(record, dict) else None
     if isinstance(value, str):
         return value if value.isprintable() else None  # a lone surrogate, for one, could not be encoded
-    return str(value) if isinstance(value, int) else None
+    if not isinstance(value, (int, float)) or not -MAX_ID < value < MAX_ID or value != int(value):
+        return None
+    return str(int(value))
 
 
 def index(records: Iterable[Any], key: str = "id") -> dict[str, list[Any]]:

@@ -4,6 +4,7 @@ Settings used: `images`, `annotations` (the pickle `refs(...).p`), `instances`, 
 Layout: https://github.com/lichengunc/refer. The pickle is read as data only; nothing in it can run.
 """
 
+import io
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,9 +59,9 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
 def load_refs(path: Path) -> list[Any]:
     """The list inside a `refs(...).p`. Raises `CorpusError` where it is anything but plain data."""
     try:
-        with path.open("rb") as file:
-            # Python 2 wrote the published files; what is not UTF-8 becomes a surrogate, which `parse` refuses
-            refs = _PlainUnpickler(file, encoding="utf-8", errors="surrogateescape").load()
+        whole = io.BytesIO(path.read_bytes())  # which gives no more than it has, whatever length is claimed
+        # Python 2 wrote the published files; what is not UTF-8 becomes a surrogate, which `parse` refuses
+        refs = _PlainUnpickler(whole, encoding="utf-8", errors="surrogateescape").load()
     except Exception as error:  # a malformed pickle can raise anything
         raise CorpusError(
             f"{path}: not a pickle of plain data ({type(error).__name__}: {error!s:.200})"
@@ -76,8 +77,15 @@ class _PlainUnpickler(pickle._Unpickler):
     """Builds lists, dicts, texts and numbers; a pickle that names a function or class is refused unexecuted.
 
     The Python implementation, because the C one sizes its memo by an index in the file: a forged
-    file of six bytes could ask for 64 GB.
+    file of six bytes could ask for 64 GB. And without byte arrays and buffers: one of twelve bytes could ask
+    for as much.
     """
+
+    dispatch = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code not in {*pickle.BYTEARRAY8, *pickle.NEXT_BUFFER, *pickle.READONLY_BUFFER}
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and nothing in a corpus may run")
