@@ -401,6 +401,46 @@ def test_a_record_of_another_type_is_a_reject(root: Path, record: Any) -> None:
     assert reasons(corpus(root, "coco_panoptic")) == {"image at position 2": "record"}
 
 
+@pytest.mark.parametrize(("form", "file"), [("coco_panoptic", panoptic), ("coco_instances", instances)])
+def test_an_image_record_that_no_annotation_can_mean_is_a_reject(
+    root: Path, form: str, file: Callable[[], Document]
+) -> None:
+    """As an image that nobody annotated is one; formats in which such images do not count leave both out."""
+    document = file()
+    first = document["images"][0]
+    extra = [{"file_name": "1.jpg"}, first | {"id": 1.5}, first | {"id": None}, "1.jpg", dict(first)]
+    document["images"] += extra
+    write(root, FILES[form]["annotations"], document)
+    rows, rejects = both(corpus(root, form))
+    assert len(rows) == 2
+    assert [(reject.record, reject.reason) for reject in rejects] == [
+        *((f"image at position {i}", "record") for i in (2, 3, 4, 5)),
+        ("image 1", "duplicate-id"),
+    ]
+    write(root, "captions.json", captions() | {"images": document["images"]})
+    assert not reasons(corpus(root, "coco_captions"))
+
+
+@pytest.mark.parametrize("form", ["coco_panoptic", "coco_instances", "coco_captions", "grounding", "vqa_v2"])
+def test_ids_written_as_whole_floats_find_their_records(root: Path, form: str) -> None:
+    """As a table with an empty cell makes them."""
+    sound = both(corpus(root, form))
+    keys = ("id", "image_id", "category_id", "question_id")
+    for name in (FILES[form][key] for key in ("annotations", "questions") if key in FILES[form]):
+        document = json.loads((root / name).read_text())
+        for record in (r for records in document.values() if isinstance(records, list) for r in records):
+            record |= {key: float(record[key]) for key in keys if key in record}
+        write(root, name, document)
+    assert both(corpus(root, form)) == sound
+
+
+def test_an_answer_without_an_id_is_a_reject(root: Path) -> None:
+    document = answers()
+    document["annotations"].append(document["annotations"][0] | {"question_id": [1]})
+    write(root, "answers.json", document)
+    assert reasons(corpus(root, "vqa_v2")) == {"answer at position 2": "record"}
+
+
 def test_a_second_annotation_of_an_image_is_a_reject(root: Path) -> None:
     document = panoptic()
     document["annotations"].append(document["annotations"][0])

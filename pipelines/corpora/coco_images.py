@@ -1,6 +1,6 @@
 """What all COCO annotation files share: the sections `images`, `licenses`, `categories`, and rows of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +19,11 @@ from pipelines.corpora.files import (
     only,
     parse,
     section,
+    without_id,
 )
-from pipelines.corpora.rows import CorpusError, Refusal, Row
+from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
-from schemas.records import Source
+from schemas.records import Reject, Source
 from schemas.taxonomy import Category, Taxonomy
 
 AnyEntry = TypeVar("AnyEntry", bound=Entry)
@@ -46,7 +47,9 @@ class CocoImages:
     def __init__(self, corpus: CorpusConfig, document: dict[str, Any], path: Path) -> None:
         """Raises `CorpusError` where the file has no list `images`."""
         self._corpus = corpus
-        self._images = index(section(document, "images", path))
+        records = section(document, "images", path)
+        self._images = index(records)
+        self._without_id = list(without_id(records))
         licences = document.get("licenses")
         self._licences = index(licences if isinstance(licences, list) else [])
 
@@ -62,6 +65,18 @@ class CocoImages:
     def ids(self) -> list[str]:
         """In the order of the file, each once."""
         return list(self._images)
+
+    def unusable(self) -> Iterator[Reject]:
+        """One reject a record that no annotation can mean: it has no id, or repeats another one."""
+        for position, refusal in self._without_id:
+            yield refuse(self._corpus, f"image at position {position}", refusal)
+        for image_id, records in self._images.items():
+            if all(record == records[0] for record in records):  # else the image itself is refused
+                for _ in records[1:]:
+                    refusal = Refusal(
+                        "duplicate-id", "an image with this id stands before, and says the same"
+                    )
+                    yield refuse(self._corpus, f"image {image_id}", refusal)
 
     def _licence(self, licence_id: Id | None) -> str:
         if licence_id is None:

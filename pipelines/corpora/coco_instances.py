@@ -22,7 +22,7 @@ from schemas.taxonomy import Category, Taxonomy
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
-    """One row an image with objects, in the order of `images`; one reject an unusable or hidden object.
+    """One row an image with objects, in the order of `images`; one reject an unusable object or image.
 
     Raises `CorpusError`.
     """
@@ -42,6 +42,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             by_image.setdefault(str(parsed.image_id), []).append((category.name, parsed))
         except Refusal as refusal:
             yield refuse(corpus, label("object", record, "id", position), refusal)
+    yield from images.unusable()
     for image_id in dict.fromkeys([*images.ids(), *by_image]):
         yield from _image(corpus, images, image_id, by_image.get(image_id, []))
 

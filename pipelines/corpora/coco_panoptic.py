@@ -31,7 +31,10 @@ from schemas.taxonomy import Category, Taxonomy
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
-    """One row an annotation, one reject an unusable one or an image without. Raises `CorpusError`."""
+    """One row an annotation; one reject an unusable one, an image without, an image record that is none.
+
+    Raises `CorpusError`.
+    """
     path = annotation_file(corpus, "annotations")
     document = load_json(path)
     images = CocoImages(corpus, document, path)
@@ -46,6 +49,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         except Refusal as refusal:
             yield refuse(corpus, label("image", record, "image_id", position), refusal)
         done.add(id_of(record, "image_id"))
+    yield from images.unusable()
     for image_id in images.ids():
         if image_id not in done:
             yield refuse(corpus, f"image {image_id}", Refusal("no-labels", "the image has no annotation"))

@@ -160,13 +160,20 @@ def id_of(record: Any, key: str = "id") -> str | None:
 
 
 def index(records: Iterable[Any], key: str = "id") -> dict[str, list[Any]]:
-    """Records by their id; records without one are left out."""
+    """Records by their id; records without one are left out, see `without_id`."""
     found: dict[str, list[Any]] = {}
     for record in records:
         record_id = id_of(record, key)
         if record_id is not None:
             found.setdefault(record_id, []).append(record)
     return found
+
+
+def without_id(records: Iterable[Any], key: str = "id") -> Iterator[tuple[int, Refusal]]:
+    """The positions of the records that `index` leaves out, each with the reason."""
+    for position, record in enumerate(records):
+        if id_of(record, key) is None:
+            yield position, Refusal("record", f"it has no {key!r} that is a whole number or a text")
 
 
 def only(indexed: dict[str, list[Any]], key: Id, what: str, missing: Reason) -> Any:

@@ -23,6 +23,7 @@ from pipelines.corpora.files import (
     parse,
     section,
     text,
+    without_id,
 )
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
@@ -39,7 +40,8 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             f"{questions_path}: no `data_subtype` (e.g. train2014), which names the image files"
         )
     answered_path = annotation_file(corpus, "annotations")
-    answers = index(section(load_json(answered_path), "annotations", answered_path), "question_id")
+    answered = section(load_json(answered_path), "annotations", answered_path)
+    answers = index(answered, "question_id")
     by_image: dict[int, list[tuple[str, Question]]] = {}
     done: set[str | None] = set()
     for position, record in enumerate(section(asked, "questions", questions_path)):
@@ -54,6 +56,8 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         done.add(id_of(record, "question_id"))
     for unasked in [i for i in answers if i not in done]:
         yield refuse(corpus, f"question {unasked:.80}", Refusal("record", "an answer without a question"))
+    for position, why in without_id(answered, "question_id"):
+        yield refuse(corpus, f"answer at position {position}", why)
     for image_id, questions in by_image.items():
         try:
             yield _row(corpus, subset, image_id, questions)
