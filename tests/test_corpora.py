@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -480,6 +482,40 @@ def test_links_within_the_root_are_followed(root: Path) -> None:
 )
 def test_a_broken_caption_is_a_reject(root: Path, change: Change, reason: str) -> None:
     assert broken(root, "coco_captions", "captions.json", captions(), change) == {"caption 5": reason}
+
+
+def test_an_empty_text_among_several_is_a_reject_and_the_others_stay(root: Path) -> None:
+    """As in COCO's captions, where each is a record of its own."""
+    document = karpathy()
+    document["images"][0]["sentences"].insert(1, {"raw": " ", "sentid": 77})
+    write(root, "karpathy.json", document)
+    document = answers()
+    document["annotations"][0]["answers"] = [{"answer": ""}, *document["annotations"][1]["answers"][1:]]
+    write(root, "answers.json", document)
+    document = grounding()
+    document["annotations"][0]["sentences"].append({"raw": ""})
+    write(root, "grounding.json", document)
+    listed = refs()
+    listed[0]["sentences"].append({"sent": "\n"})
+    (root / "refs.p").write_bytes(pickle.dumps(listed))
+    image = (root / "images/1.jpg").read_bytes()
+    tar(root / "pairs.tar", [("1.jpg", image), ("1.txt", b""), ("1.json", b'{"caption": ["", "a dog"]}')])
+    pq.write_table(pa.table({"image": ["1.jpg"], "caption": [["a dog", ""]]}), root / "t.parquet")
+    for form, record, changed in (
+        ("karpathy", "image 1", {}),
+        ("vqa_v2", "question 1", {}),
+        ("grounding", "annotation 11", {}),
+        ("refcoco", "ref 1", {}),
+        ("webdataset", "pairs.tar '1'", {}),
+        ("captions_table", "t.parquet row 0", {"annotations": "t.parquet"}),
+    ):
+        rows, rejects = both(corpus(root, form, **changed))
+        assert [(reject.record, reject.reason) for reject in rejects] == [(record, "text")], form
+        kept = [(*r.captions, *(s for x in r.referring for s in x.sentences)) for r in rows]
+        assert kept[0] in {(), ("a dog", "a pet"), ("The dog",), ("the dog 1",), ("a dog",)}
+        assert form != "karpathy" or rows[0].source.ids == ("10", "11")
+        assert form != "vqa_v2" or rows[0].questions[0].answers == ("dog",) * 9
+        assert len(rows) == (1 if form in ("webdataset", "captions_table") else 2)
 
 
 def test_captions_of_an_unknown_image_are_one_reject(root: Path) -> None:

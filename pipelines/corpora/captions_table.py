@@ -8,14 +8,14 @@ ignored. Texts are UTF-8; a TSV has no quoting, a CSV has RFC 4180's. Settings u
 """
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines import places
-from pipelines.corpora.files import data_file, matching, text
+from pipelines.corpora.files import data_file, matching, texts
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
@@ -27,7 +27,7 @@ Found = tuple[str, str, str]  # place, image id, and the file below the root tha
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     """One row an image: those in cells as they come, those at paths at the end, because a path may stand on
-    several lines; one reject an unusable record. Raises `CorpusError`.
+    several lines; one reject an unusable record or caption. Raises `CorpusError`.
     """
     if not corpus.annotations:
         raise CorpusError(
@@ -41,18 +41,19 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             try:
                 if isinstance(image, Refusal):
                     raise image
-                sentences = [text(sentence) for sentence in _sentences(said)]
-                if isinstance(image, tuple):
-                    yield _row(corpus, image, sentences)
-                else:
-                    captions.setdefault(_file(corpus, image), []).extend(sentences)
+                sentences, unusable = texts(_sentences(said))
+                yield from (refuse(corpus, name, why) for why in unusable)
+                if sentences and isinstance(image, tuple):
+                    yield _row(corpus, image, sentences.values())
+                elif sentences:
+                    captions.setdefault(_file(corpus, image), []).extend(sentences.values())
             except Refusal as refusal:
                 yield refuse(corpus, name, refusal)
-    for found, sentences in captions.items():
-        yield _row(corpus, found, sentences)
+    for found, gathered in captions.items():
+        yield _row(corpus, found, gathered)
 
 
-def _row(corpus: CorpusConfig, found: Found, captions: list[str]) -> Row:
+def _row(corpus: CorpusConfig, found: Found, captions: Iterable[str]) -> Row:
     place, image_id, file = found
     return Row(
         corpus=corpus.name,

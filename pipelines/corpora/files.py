@@ -214,6 +214,20 @@ def text(value: str) -> str:
     return sentence
 
 
+def texts(values: Iterable[str]) -> tuple[dict[int, str], list[Refusal]]:
+    """Of the texts of one record the sentences, by their place, and why each of the others is none."""
+    found: dict[int, str] = {}
+    unusable = []
+    listed = list(values)
+    for place, value in enumerate(listed):
+        try:
+            found[place] = text(value)
+        except Refusal as refusal:
+            which = f"{place + 1} of {len(listed)}: " if len(listed) > 1 else ""
+            unusable.append(Refusal(refusal.reason, f"{which}{refusal.detail}"))
+    return found, unusable
+
+
 def is_utf8(name: str) -> bool:
     """Whether a shard or a table could hold it: what a file system names otherwise comes with surrogates."""
     try:

@@ -10,14 +10,14 @@ from pydantic import Field
 
 from pipelines.corpora.coco_images import CocoImages, row
 from pipelines.corpora.coco_masks import Segmentation, mask
-from pipelines.corpora.files import Entry, Id, Text, annotation_file, label, load_json, parse, section, text
+from pipelines.corpora.files import Entry, Id, Text, annotation_file, label, load_json, parse, section, texts
 from pipelines.corpora.rows import Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Referring, Reject
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
-    """One row an image, in order of appearance, after one reject an unusable annotation.
+    """One row an image, in order of appearance, after one reject an unusable annotation or sentence.
 
     Raises `CorpusError`.
     """
@@ -32,11 +32,12 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             if str(grounded.ann_id) in done:
                 raise Refusal("duplicate-id", "an annotation with this ann_id was read already")
             done.add(str(grounded.ann_id))
-            sentences = tuple(text(sentence.raw) for sentence in grounded.sentences)
-            region = Referring(
-                sentences=sentences, mask=mask(grounded.segmentation, images[grounded.image_id])
-            )
-            by_image.setdefault(str(grounded.image_id), []).append((str(grounded.ann_id), region))
+            region = mask(grounded.segmentation, images[grounded.image_id])
+            sentences, unusable = texts(sentence.raw for sentence in grounded.sentences)
+            yield from (refuse(corpus, f"annotation {grounded.ann_id!s:.80}", why) for why in unusable)
+            if sentences:
+                referring = Referring(sentences=tuple(sentences.values()), mask=region)
+                by_image.setdefault(str(grounded.image_id), []).append((str(grounded.ann_id), referring))
         except Refusal as refusal:
             yield refuse(corpus, label("annotation", record, "ann_id", position), refusal)
     for image_id, found in by_image.items():

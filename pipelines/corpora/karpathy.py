@@ -19,7 +19,7 @@ from pipelines.corpora.files import (
     of_parts,
     parse,
     section,
-    text,
+    texts,
 )
 from pipelines.corpora.rows import Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
@@ -27,7 +27,7 @@ from schemas.records import Reject, Source
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
-    """One row an image of the parts, one reject an unusable one. Raises `CorpusError`."""
+    """One row an image of the parts, one reject an unusable image or caption. Raises `CorpusError`."""
     path = annotation_file(corpus, "annotations")
     done: set[str] = set()
     for position, record in enumerate(of_parts(section(load_json(path), "images", path), corpus, path)):
@@ -36,12 +36,15 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             if str(image.imgid) in done:
                 raise Refusal("duplicate-id", "an image with this imgid was read already")
             done.add(str(image.imgid))
-            yield _row(corpus, image)
+            captions, unusable = texts(sentence.raw for sentence in image.sentences)
+            yield from (refuse(corpus, f"image {image.imgid}", why) for why in unusable)
+            if captions:
+                yield _row(corpus, image, captions)
         except Refusal as refusal:
             yield refuse(corpus, label("image", record, "imgid", position), refusal)
 
 
-def _row(corpus: CorpusConfig, image: "_Image") -> Row:
+def _row(corpus: CorpusConfig, image: "_Image", captions: dict[int, str]) -> Row:
     path, file = data_file(corpus, corpus.images, f"{image.filepath}/{image.filename}".strip("/"), "no-image")
     return Row(
         corpus=corpus.name,
@@ -50,11 +53,11 @@ def _row(corpus: CorpusConfig, image: "_Image") -> Row:
         image_path=path,
         height=None,
         width=None,
-        captions=tuple(text(sentence.raw) for sentence in image.sentences),
+        captions=tuple(captions.values()),
         source=Source(
             corpus=corpus.name,
             files=(file,),
-            ids=tuple(str(sentence.sentid) for sentence in image.sentences),
+            ids=tuple(str(image.sentences[place].sentid) for place in captions),
             licence=corpus.licence,
         ),
     )

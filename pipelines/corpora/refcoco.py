@@ -26,15 +26,18 @@ from pipelines.corpora.files import (
     only,
     parse,
     section,
-    text,
+    texts,
 )
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
-from schemas.records import Referring, Reject
+from schemas.records import Referring, Reject, Rle
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
-    """One row an image, in order of appearance, after one reject an unusable ref. Raises `CorpusError`."""
+    """One row an image, in order of appearance, after one reject an unusable ref or sentence.
+
+    Raises `CorpusError`.
+    """
     refs_path, instances_path = annotation_file(corpus, "annotations"), annotation_file(corpus, "instances")
     document = load_json(instances_path)
     images = CocoImages(corpus, document, instances_path)
@@ -47,8 +50,12 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             if str(ref.ref_id) in done:
                 raise Refusal("duplicate-id", "a ref with this id was read already")
             done.add(str(ref.ref_id))
-            referring = _referring(ref, images[ref.image_id], instances)
-            by_image.setdefault(str(ref.image_id), []).append((str(ref.ref_id), referring))
+            region = _mask(ref, images[ref.image_id], instances)
+            sentences, unusable = texts(sentence.sent for sentence in ref.sentences)
+            yield from (refuse(corpus, f"ref {ref.ref_id!s:.80}", why) for why in unusable)
+            if sentences:
+                referring = Referring(sentences=tuple(sentences.values()), mask=region)
+                by_image.setdefault(str(ref.image_id), []).append((str(ref.ref_id), referring))
         except Refusal as refusal:
             yield refuse(corpus, label("ref", record, "ref_id", position), refusal)
     for image_id, found in by_image.items():
@@ -91,16 +98,13 @@ class _PlainUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and nothing in a corpus may run")
 
 
-def _referring(ref: "_Ref", image: CocoImage, instances: dict[str, list[Any]]) -> Referring:
+def _mask(ref: "_Ref", image: CocoImage, instances: dict[str, list[Any]]) -> Rle:
     instance = parse(_Instance, only(instances, ref.ann_id, "instance", "segmentation"))
     if str(instance.image_id) != str(ref.image_id):
         raise Refusal(
             "record", f"the ref is of image {ref.image_id!r}, its instance of image {instance.image_id!r}"
         )
-    return Referring(
-        sentences=tuple(text(sentence.sent) for sentence in ref.sentences),
-        mask=mask(instance.segmentation, image),
-    )
+    return mask(instance.segmentation, image)
 
 
 class _Instance(Entry):

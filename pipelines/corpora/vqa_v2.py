@@ -23,6 +23,7 @@ from pipelines.corpora.files import (
     parse,
     section,
     text,
+    texts,
     without_id,
 )
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
@@ -31,7 +32,10 @@ from schemas.records import Question, Reject, Source
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
-    """One row an image, in order of appearance, after the rejected questions. Raises `CorpusError`."""
+    """One row an image, in order of appearance, after the rejected questions and answers.
+
+    Raises `CorpusError`.
+    """
     questions_path = annotation_file(corpus, "questions")
     asked = load_json(questions_path)
     subset = asked.get("data_subtype")
@@ -49,8 +53,12 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             entry = parse(_Asked, record)
             if str(entry.question_id) in done:
                 raise Refusal("duplicate-id", "a question with this id was read already")
-            question = _question(entry, answers)
-            by_image.setdefault(entry.image_id, []).append((str(entry.question_id), question))
+            found, question = _answered(entry, answers), text(entry.question)
+            said, unusable = texts(answer.answer for answer in found.answers)
+            yield from (refuse(corpus, f"question {entry.question_id!s:.80}", why) for why in unusable)
+            if said:
+                whole = Question(question=question, answers=tuple(said.values()), kind=found.question_type)
+                by_image.setdefault(entry.image_id, []).append((str(entry.question_id), whole))
         except Refusal as refusal:
             yield refuse(corpus, label("question", record, "question_id", position), refusal)
         done.add(id_of(record, "question_id"))
@@ -65,15 +73,11 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
             yield refuse(corpus, f"image {image_id}", refusal)
 
 
-def _question(asked: "_Asked", answers: dict[str, list[Any]]) -> Question:
+def _answered(asked: "_Asked", answers: dict[str, list[Any]]) -> "_Answered":
     answered = parse(_Answered, only(answers, asked.question_id, "annotation", "record"))
     if answered.image_id != asked.image_id:
         raise Refusal("record", f"asked of image {asked.image_id}, answered of image {answered.image_id}")
-    return Question(
-        question=text(asked.question),
-        answers=tuple(text(answer.answer) for answer in answered.answers),
-        kind=answered.question_type,
-    )
+    return answered
 
 
 def _row(corpus: CorpusConfig, subset: str, image_id: int, questions: list[tuple[str, Question]]) -> Row:

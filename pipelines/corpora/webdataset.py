@@ -8,13 +8,13 @@ decompress them first.
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from pipelines import places
-from pipelines.corpora.files import IMAGES, is_utf8, matching, text
+from pipelines.corpora.files import IMAGES, is_utf8, matching, texts
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
@@ -52,13 +52,17 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 yield refuse(corpus, f"tar {file}", item)
                 continue
             num_samples += 1
+            name = f"{file} {ascii(item.key):.200}"
             try:
                 if item.key in keys:
                     raise Refusal("duplicate-id", "the key stands again later in the tar")
                 keys.add(item.key)
-                yield _row(corpus, path, file, item)
+                captions, unusable = texts(_captions(corpus, path, item))
+                yield from (refuse(corpus, name, why) for why in unusable)
+                if captions or not unusable:
+                    yield _row(corpus, path, file, item, captions.values())
             except Refusal as refusal:
-                yield refuse(corpus, f"{file} {ascii(item.key):.200}", refusal)
+                yield refuse(corpus, name, refusal)
     if not num_samples:
         raise CorpusError(f"{broken[0]}; none of {len(broken)} tars holds a whole sample: mend or fetch them")
 
@@ -119,27 +123,36 @@ def _check_end(file: BinaryIO, end: int) -> None:
             raise tarfile.ReadError("it goes on behind its end mark: damaged, or several tars in one file")
 
 
-def _row(corpus: CorpusConfig, path: Path, file: str, sample: _Sample) -> Row:
+def _captions(corpus: CorpusConfig, path: Path, sample: _Sample) -> Iterable[str]:
+    """What is said of a sample, each once. Raises `Refusal` where it cannot be one."""
     if not is_utf8(sample.key):
         raise Refusal("path", "the key is not UTF-8, and no dataset could name it")
     if sample.twice:
         raise Refusal("duplicate-id", f"two images or texts of one key: {sample.twice[:5]!a}")
-    images = [suffix for suffix in sample.members if f".{suffix}" in IMAGES]
+    images = _images(sample)
     if len(images) != 1:
         raise Refusal(
             "no-image", f"{len(images)} images (.jpg, .jpeg, .png) among {sorted(sample.members)!a:.200}"
         )
-    captions = (*_txt(path, sample), *_json(path, sample, corpus.caption_column))
+    return dict.fromkeys((*_txt(path, sample), *_json(path, sample, corpus.caption_column)))
+
+
+def _row(corpus: CorpusConfig, path: Path, file: str, sample: _Sample, captions: Iterable[str]) -> Row:
+    (image,) = _images(sample)
     return Row(
         corpus=corpus.name,
         split=corpus.split,
         image_id=f"{file}#{sample.key}",
-        image_path=places.member(str(path), *sample.members[images[0]]),
+        image_path=places.member(str(path), *sample.members[image]),
         height=None,
         width=None,
-        captions=tuple(dict.fromkeys(text(caption) for caption in captions)),
+        captions=tuple(dict.fromkeys(captions)),
         source=Source(corpus=corpus.name, files=(file,), ids=(sample.key,), licence=corpus.licence),
     )
+
+
+def _images(sample: _Sample) -> list[str]:
+    return [suffix for suffix in sample.members if f".{suffix}" in IMAGES]
 
 
 def _txt(path: Path, sample: _Sample) -> tuple[str, ...]:
