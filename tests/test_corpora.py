@@ -526,6 +526,18 @@ def test_captions_of_an_unknown_image_are_one_reject(root: Path) -> None:
     assert reasons(corpus(root, "coco_captions")) == {"caption 5": "duplicate-id", "image 77": "no-image"}
 
 
+def test_a_carriage_return_within_a_line_of_a_table_is_a_space(root: Path) -> None:
+    for end, comma in (("tsv", b"\t"), ("csv", b",")):
+        lines = [
+            b"image,caption",
+            b"1.jpg,a dog\r and a cat",
+            b'2.jpg,"a\rcow"' if end == "csv" else b"2.jpg,a cow",
+        ]
+        (root / f"t.{end}").write_bytes(b"\r\n".join(lines).replace(b",", comma))
+        rows, rejects = both(corpus(root, "captions_table", annotations=f"t.{end}"))
+        assert [row.captions for row in rows] == [("a dog and a cat",), ("a cow",)] and not rejects
+
+
 def test_broken_lines_of_a_tsv_are_rejects(root: Path) -> None:
     lines = [
         b"1.jpg\tgood",

@@ -471,6 +471,7 @@ LINES: dict[str, tuple[bytes, str]] = {
     "control characters": (b"1.jpg,a\x1b[2Jb", "text"),
     "zero byte": (b"1.jpg,a\x00b", "text"),
     "caption of 20 000 characters": (b"1.jpg," + b"a" * 20_000, "text"),
+    "caption of 200 kB": (b"1.jpg," + b"a " * 100_000, "text"),
     "one cell": (b"1.jpg", "record"),
     "three cells": (b"1.jpg,a,b", "record"),
     "no image": (b",a", "record"),
@@ -492,6 +493,8 @@ def test_a_broken_line_of_a_table_is_a_reject(tmp_path: Path, kind: str) -> None
 
 TABLES: dict[str, tuple[str, bytes]] = {
     "CSV whose quote never ends": ("t.csv", b'image,caption\n1.jpg,"a dog\n2.jpg,a cat\n'),
+    "CSV whose quote opens 20 MB": ("t.csv", b'image,caption\n1.jpg,"a dog\n' + b"2.jpg,a cat\n" * 2_000_000),
+    "CSV of an old Macintosh": ("t.csv", b"image,caption\r1.jpg,a dog\r"),
     "CSV with text behind a quote": ("t.csv", b'image,caption\n1.jpg,"a" dog\n'),
     "CSV of another header": ("t.csv", b"url,text\na,b\n"),
     "empty CSV": ("t.csv", b""),

@@ -22,6 +22,7 @@ from schemas.records import Reject, Source
 
 # how a reject names it; its image, as a path or found already, or why there is none; its caption
 Record = tuple[str, Any, Any]
+MAX_FIELD = 2**24  # characters of a cell of a CSV; chosen by us, so that a quote left open fills no memory
 Found = tuple[str, str, str]  # place, image id, and the file below the root that holds it
 
 
@@ -88,7 +89,10 @@ def _tsv(corpus: CorpusConfig, path: Path) -> Iterator[Record]:
 
 
 def _csv(corpus: CorpusConfig, path: Path) -> Iterator[Record]:
-    reader = csv.reader(_lines(path), strict=True)
+    csv.field_size_limit(MAX_FIELD)  # of all readers of the process; Python's own would be 131 072
+    # a carriage return within a line is a space, as in a TSV; csv would give up at it
+    lines = (line.rstrip("\r\n").replace("\r", " ") + "\n" for line in _lines(path))
+    reader = csv.reader(lines, strict=True)
 
     def numbered() -> Iterator[tuple[int, list[str]]]:
         first = 1
@@ -98,7 +102,8 @@ def _csv(corpus: CorpusConfig, path: Path) -> Iterator[Record]:
                 first = reader.line_num + 1
         except csv.Error as error:
             raise CorpusError(
-                f"{path}: line {first} and those behind it cannot be told apart ({error}); mend its quotes"
+                f"{path}: line {first} and those behind it cannot be told apart ({error}); mend its quotes: "
+                "one that opens a cell closes it, and one within it stands twice"
             ) from None
 
     return _delimited(corpus, path, numbered())
