@@ -538,6 +538,27 @@ def test_a_carriage_return_within_a_line_of_a_table_is_a_space(root: Path) -> No
         assert [row.captions for row in rows] == [("a dog and a cat",), ("a cow",)] and not rejects
 
 
+def test_a_list_of_names_may_begin_with_a_byte_order_mark(root: Path) -> None:
+    plain = both(corpus(root, "voc"))
+    (root / "train.txt").write_bytes(b"\xef\xbb\xbf1\r\n2\r\n")
+    assert both(corpus(root, "voc")) == plain
+
+
+def test_images_of_lvis_lie_where_their_url_says(root: Path) -> None:
+    """LVIS v1 has no `file_name`, and images of two folders of COCO."""
+    document = instances()
+    for image in document["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/images/{image.pop('file_name')}"
+    write(root, "instances.json", document)
+    rows, rejects = both(corpus(root, "coco_instances", images=""))
+    assert [row.source.files for row in rows] == [("images/1.jpg",), ("images/2.jpg",)] and not rejects
+    document["images"][0]["coco_url"] = "http://example.org/../../../etc/passwd"
+    document["images"][1].pop("coco_url")
+    write(root, "instances.json", document)
+    rejects = [*read(corpus(root, "coco_instances", images=""))]
+    assert [r.reason for r in rejects if isinstance(r, Reject)] == ["no-image", "record"]
+
+
 def test_broken_lines_of_a_tsv_are_rejects(root: Path) -> None:
     lines = [
         b"1.jpg\tgood",

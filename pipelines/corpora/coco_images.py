@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 
 from pipelines.corpora.files import (
     Entry,
@@ -56,7 +56,7 @@ class CocoImages:
     def __getitem__(self, image_id: Id) -> CocoImage:
         """Raises `Refusal`: unknown or ambiguous id, wrong types, no file, a path that leaves the root."""
         entry = parse(_Image, only(self._images, image_id, "image", "no-image"))
-        path, file = data_file(self._corpus, self._corpus.images, entry.file_name, "no-image")
+        path, file = data_file(self._corpus, self._corpus.images, entry.file, "no-image")
         licence = self._corpus.licence or self._licence(entry.license)
         return CocoImage(
             id=str(entry.id), path=path, file=file, height=entry.height, width=entry.width, licence=licence
@@ -119,10 +119,15 @@ def class_list(
 
 class _Image(Entry):
     id: Id
-    file_name: str = Field(min_length=1)
+    # LVIS v1 has no name; its readers take folder and name from the end of the URL
+    file_name: str = Field(min_length=1, validation_alias=AliasChoices("file_name", "coco_url"))
     height: Pixels
     width: Pixels
     license: Id | None = None
+
+    @property
+    def file(self) -> str:
+        return "/".join(self.file_name.split("/")[-2:]) if "://" in self.file_name else self.file_name
 
 
 class _Licence(Entry):

@@ -24,7 +24,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     path = annotation_file(corpus, "annotations")
     _, rule = _classes(corpus)
     try:
-        names = path.read_bytes().decode("utf-8").split("\n")
+        names = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: not a text of names: {error}") from None
     done: set[str] = set()
