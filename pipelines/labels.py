@@ -214,7 +214,7 @@ def _rgb(parts: Sequence[str], load: Load) -> Array:
 
 
 def _index(parts: Sequence[str], load: Load) -> Array:
-    """One channel of 8 or 16 bits, or palette indices: the value is the id, and 0 is void."""
+    """One channel of 1, 8 or 16 bits, or palette indices: the value is the id, and 0 is void."""
     return _one_channel(load(parts[0]))
 
 
@@ -247,7 +247,7 @@ def _masks(parts: Sequence[Any], load: Load) -> Array:
 
 def _one_channel(image: Image.Image) -> Array:
     pixels: Array = np.asarray(image)
-    if pixels.ndim != 2 or pixels.dtype.kind not in "ui":
+    if pixels.ndim != 2 or pixels.dtype.kind not in "uib":
         raise LabelError("corrupt", f"one channel of whole numbers is expected, the mode is {image.mode}")
     return pixels.astype(np.int64)
 

@@ -137,6 +137,15 @@ def test_sixteen_bits_are_read_from_png_and_tiff(tmp_path: Path) -> None:
         assert np.array_equal(found.runs.pixels, values)
 
 
+def test_a_map_of_one_bit_holds_0_and_1(tmp_path: Path) -> None:
+    place = png(tmp_path / "x.png", MAP == 255, bool)
+    assert Image.open(place).mode == "1"
+    assert np.array_equal(labels.read(label_place("index", place), LIMIT).runs.pixels, MAP == 255)
+    assert np.array_equal(
+        labels.read(label_place("index_from_0", place), LIMIT).runs.pixels, 1 + (MAP == 255)
+    )
+
+
 def test_a_map_that_is_not_what_its_encoding_says_is_a_fault(tmp_path: Path) -> None:
     rgb = png(tmp_path / "rgb.png", ids_to_rgb(MAP))
     tall = png(tmp_path / "tall.png", MAP.T)
