@@ -230,6 +230,11 @@ class LossConfig(Settings):
     captioning: float = Field(default=2.0, ge=0)
     retrieval: float = Field(default=2.0, ge=0)
     retrieval_backbone: float = Field(default=8.0, ge=0)
+    nouns: float = Field(
+        default=0.0,
+        ge=0,
+        description="what captions speak of against the latents that mean it; learned with retrieval",
+    )
     vqa: float = Field(default=2.0, ge=0)
     same_phrases: bool = Field(
         default=False,

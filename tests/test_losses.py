@@ -3,6 +3,7 @@ ranks the same as on one.
 """
 
 import datetime
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from xdecoder.training.matcher import sample_points
 from xdecoder.training.trainer import Objective
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
-LOSS = LossConfig(points=64, region_ce=1)
+LOSS = LossConfig(points=64, region_ce=1, nouns=1)
 
 
 def pair(queries: list[int], targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -347,6 +348,67 @@ def test_fine_contrast_equals_its_formula() -> None:
     )
 
 
+def spoken(of: XDecoder, *captions: list[str]) -> tuple[TextFeatures, list[int]]:
+    """The phrases of captions, encoded, and how many each has."""
+    return of.text(tokenize([p for c in captions for p in c], 20)), [len(c) for c in captions]
+
+
+def test_the_noun_loss_equals_its_formula() -> None:
+    """X-Decoder, 3.5, with every assignment tried and every pair written out; one phrase is said twice."""
+    of, latents = model(), noise(3, 4, MODEL.width)
+    scene = scene_of(of, batch_of("retrieval"))
+    captions = [["dog", "red square"], ["red square", "sky", "cat"], []]
+    texts, counts = spoken(of, *captions)
+    meanings = dict(zip([p for c in captions for p in c], texts.sentence, strict=True))
+    pairs = []
+    for i, caption in enumerate(captions):
+        something = 1 - of.class_logits(latents[i], scene.classes).softmax(-1)[:, -1:]
+        own = torch.stack([meanings[p] for p in caption]) if caption else torch.zeros(0, MODEL.width)
+        likely = (something * of.similarity(latents[i], own).softmax(-1)).tolist()
+        ways = itertools.permutations(range(4), len(caption))
+        best = max(ways, key=lambda way: sum(likely[q][n] for n, q in enumerate(way)))  # noqa: B023
+        pairs += [(latents[i, q], p) for q, p in zip(best, caption, strict=True)]
+    names = sorted({p for _, p in pairs})
+    cosines = torch.stack(
+        [torch.stack([F.cosine_similarity(x, meanings[name], dim=0) for name in names]) for x, _ in pairs]
+    )
+    logits = of.scale() * cosines
+    rows = [-logits.log_softmax(1)[i, names.index(p)] for i, (_, p) in enumerate(pairs)]
+    columns = []
+    for j, name in enumerate(names):
+        said = [i for i, (_, p) in enumerate(pairs) if p == name]
+        columns.append(-sum(logits.log_softmax(0)[i, j] for i in said) / len(said))
+    expected = 0.7 * sum(rows) / len(rows) + 0.3 * sum(columns) / len(columns)
+    assert len(pairs) == 5 and len(names) == 4
+    torch.testing.assert_close(losses.noun_loss(scene, latents, texts, counts), expected)
+
+
+def test_nouns_go_to_latents_that_are_something() -> None:
+    """Of two latents that mean a phrase alike, the one that is no object does not learn it."""
+    of = model()
+    scene, (texts, _) = scene_of(of, batch_of("retrieval")), spoken(of, ["dog"])
+    dog, nothing = (F.normalize(x, dim=0) for x in (texts.sentence[0], scene.classes[-1]))
+    latents = torch.stack((dog + 2 * nothing, dog))[None].detach().requires_grad_()
+    losses.noun_loss(scene, torch.cat((latents, latents)), *spoken(of, ["dog"], ["cat"])).backward()
+    assert latents.grad is not None
+    assert latents.grad[0, 1].any() and not latents.grad[0, 0].any()
+
+
+def test_captions_that_speak_of_nothing_teach_no_noun() -> None:
+    of = model()
+    latents = noise(2, 4, MODEL.width).requires_grad_()
+    loss = losses.noun_loss(scene_of(of, batch_of("retrieval")), latents, *spoken(of, [], []))
+    loss.backward()
+    assert loss.item() == 0 and latents.grad is not None and not latents.grad.any()
+
+
+def test_more_phrases_than_latents_leave_some_out() -> None:
+    of = model()
+    scene, latents = scene_of(of, batch_of("retrieval")), noise(1, 2, MODEL.width)
+    found = losses.noun_loss(scene, latents, *spoken(of, ["dog", "cat", "sky", "grass"]))
+    assert torch.isfinite(found)
+
+
 # ------------------------------------------------------------------------------------- whole requests
 
 
@@ -503,7 +565,7 @@ def test_every_task_alone_gives_its_own_terms() -> None:
         "instance": masks,
         "panoptic": masks,
         "referring": {"grounding_ce", "grounding_bce", "grounding_dice"},
-        "retrieval": {"retrieval", "retrieval_backbone"},
+        "retrieval": {"retrieval", "retrieval_backbone", "nouns"},
         "captioning": {"captioning"},
         "vqa": {"vqa"},
     }

@@ -11,6 +11,7 @@ from xdecoder.prompts import (
     clean,
     detokenize,
     mirror,
+    nouns,
     query_texts,
     synonyms,
     task_prompt,
@@ -62,6 +63,23 @@ def test_the_list_of_texts_is_that_of_oneformer() -> None:
 def test_the_list_of_texts_has_the_asked_length_whatever_the_targets() -> None:
     for targets in (0, 3, 4, 9):
         assert len(query_texts("panoptic", ["dog"] * targets, 4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrases"),
+    [
+        ("A man with two dogs on top of a red surfboard.", ("man", "dogs", "red surfboard")),
+        ("grass, water and a purple cross", ("grass", "water", "purple cross")),
+        ("a dog, another dog and the dog's T-shirt", ("dog", "dog's t-shirt")),
+        ("3 of them, 25% off!", ()),
+        ("", ()),
+        ("Übergrößen über einem Hügel", ("übergrößen über einem hügel",)),  # English alone is taken apart
+    ],
+)
+def test_a_caption_speaks_of_what_stands_between_its_function_words(
+    caption: str, phrases: tuple[str, ...]
+) -> None:
+    assert nouns(caption) == phrases
 
 
 def test_each_task_has_a_sentence_of_its_own() -> None:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny import MODEL, TAXONOMY, VOCABULARY, bare, samples, train_config
 
-from schemas.jobs import AugmentConfig
+from schemas.jobs import AugmentConfig, LossConfig
 from schemas.records import Question, Sample, Segment
 from schemas.tasks import TASKS, Task
-from xdecoder.prompts import detokenize
+from xdecoder.prompts import detokenize, nouns
 from xdecoder.tasks import ALTERNATIVES, TABLE, BatchMaker, Setting
 from xdecoder.training.augment import View, jittered
 from xdecoder.training.batch import (
@@ -153,6 +153,22 @@ def test_captions_and_questions_become_texts() -> None:
         (question,) = [q for q in sample.meta.questions if q.question.replace(" ", "") == asked]
         expected = [float(answer == question.answers[0]) for answer in VOCABULARY.answers]
         assert answers.answers[row].tolist() == expected
+
+
+def test_what_captions_speak_of_stands_behind_them() -> None:
+    targets = only(maker("retrieval")(samples(2), [0, 1]))
+    assert isinstance(targets, CaptionTargets)
+    captions = [s.meta.captions[0] for s in samples(2)]
+    spoken = [nouns(caption) for caption in captions]
+    assert targets.counts == tuple(map(len, spoken)) and min(targets.counts) > 1
+    found = [detokenize(row) for row in targets.texts.tolist()]
+    assert found == [*captions, *(phrase for phrases in spoken for phrase in phrases)]
+
+
+def test_without_a_noun_loss_captions_stand_alone() -> None:
+    loss = LossConfig(points=64, region_ce=1)
+    targets = only(maker("retrieval", loss=loss)(samples(2), [0, 1]))
+    assert isinstance(targets, CaptionTargets) and targets.counts == () and len(targets.texts) == 2
 
 
 def test_answers_are_shares_of_those_that_are_listed() -> None:

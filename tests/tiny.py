@@ -67,7 +67,7 @@ def train_config(**changes: Any) -> TrainConfig:
         "optim": OptimConfig(
             lr=1e-3, backbone_scale=1, text_scale=1, warmup_steps=0, schedule="constant", weight_decay=0.01
         ),
-        "loss": LossConfig(points=64, region_ce=1),
+        "loss": LossConfig(points=64, region_ce=1, nouns=1),
         "log_every": 1,
     }
     return TrainConfig(**(settings | changes))

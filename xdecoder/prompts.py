@@ -91,6 +91,35 @@ def query_texts(task: Task, classes: Sequence[str], count: int) -> list[str]:
     return texts + [f"{article} {task} photo"] * (count - len(texts))
 
 
+# English words that name nothing by themselves: what stands between them may. Chosen by us: articles,
+# pronouns, conjunctions, auxiliaries, amounts, prepositions and places, words for the picture itself.
+_BETWEEN = """
+a an the this that these those his her its their our your my he she it they we you i him them him us who which
+what where there here and or but nor so as while when than if not no is are was were be been being am has have
+had having do does did can could may might will would one two three four five six seven eight nine ten many
+few several some any each every both all more most much other another lot lots pair couple group bunch of in
+on at to from by with without into onto over under above below beneath beside between behind before after
+against along across around through near next inside outside upon off up down out about toward towards left
+right top bottom middle front back side leftmost rightmost together very also photo picture image view
+"""
+_FUNCTION_WORDS = frozenset(_BETWEEN.split())
+_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*|[^\s\w]|\d+")
+
+
+def nouns(caption: str) -> tuple[str, ...]:
+    """What a caption speaks of, each phrase once: runs of words between function words, numbers and marks.
+
+    The candidates of RAKE (Rose et al. 2010), in the place of X-Decoder's tagger.
+    """
+    runs: list[list[str]] = [[]]
+    for word in _WORD.findall(caption.lower()):
+        if word in _FUNCTION_WORDS or not word[0].isalpha():
+            runs.append([])
+        else:
+            runs[-1].append(word)
+    return tuple(dict.fromkeys(" ".join(run) for run in runs if run))
+
+
 _MIRROR = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
 _SIDES = re.compile(r"\b(left|right|leftmost|rightmost)\b", re.IGNORECASE)
 

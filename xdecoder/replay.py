@@ -43,8 +43,9 @@ DELIBERATE = (
     "phrases with equal words do not share their targets (train.loss.same_phrases: off by default, on here)",
     "grounding weighs phrases alike; the original takes the mean of each picture first, and has factors for "
     "phrases and class names (here our term of each picture is weighed so)",
-    "there is no noun loss; the original's teaches no unmatched latent, because its matcher normalises in "
-    "place (here it is added by its formula, for the gradients of the whole)",
+    "nouns teach latents of pictures with captions (train.loss.nouns: off by default); the original's, of "
+    "those with masks, teach no unmatched latent, because its matcher normalises in place (here its loss "
+    "is added by its formula, for the gradients of the whole)",
     "texts are encoded no longer than they are, and padded with 0 behind their end mark; the encoder is "
     "causal, so nothing that is read changes",
     "captions stop at the end mark; the original goes on, and cuts afterwards",

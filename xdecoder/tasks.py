@@ -20,7 +20,7 @@ from xdecoder.inference.exams import Exam, Sitting, Subject
 from xdecoder.inference.metrics import MaskAP, MeanIoU, Metric, PanopticQuality, ReferringIoU
 from xdecoder.inference.text_metrics import CaptionScores, RetrievalRecall, VqaAccuracy
 from xdecoder.model.text import TextFeatures
-from xdecoder.prompts import Vocabulary, tokenize
+from xdecoder.prompts import Vocabulary, nouns, tokenize
 from xdecoder.training import losses
 from xdecoder.training.augment import View, jittered, resized
 from xdecoder.training.batch import (
@@ -128,6 +128,17 @@ def _caption_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Sett
     return CaptionTargets(texts=tokenize(truths, setting.model.context))
 
 
+def _retrieval_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> CaptionTargets:
+    """The captions, and what each speaks of where that is taught."""
+    if not setting.train.loss.nouns:
+        return _caption_targets(truths, tasks, setting)
+    found = [nouns(caption)[: setting.model.latents] for caption in truths]
+    texts = [*truths, *(noun for several in found for noun in several)]
+    return CaptionTargets(
+        texts=tokenize(texts, setting.model.context), counts=tuple(len(several) for several in found)
+    )
+
+
 def _answer_targets(truths: Sequence[Any], tasks: Sequence[Task], setting: Setting) -> AnswerTargets:
     shares = np.array([s for _, s in truths], dtype=np.float32)
     return AnswerTargets(
@@ -171,7 +182,7 @@ TABLE: Mapping[Task, TaskRow] = {
     "retrieval": TaskRow(
         stream="image_text",
         truth=_caption,
-        targets=_caption_targets,
+        targets=_retrieval_targets,
         loss=losses.retrieval,
         exam=exams.retrieval,
         metric=lambda subject: RetrievalRecall(),

@@ -5,7 +5,7 @@ CLIP's causal transformer. Letters: `N` texts, `T` tokens, `D` width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ class TextFeatures:
     tokens: Tensor
     sentence: Tensor
     padding: Tensor
+
+    def rows(self, chosen: slice) -> "TextFeatures":
+        """Of some of the texts."""
+        return replace(self, **{f.name: getattr(self, f.name)[chosen] for f in fields(self)})
 
 
 class _Block(nn.Module):

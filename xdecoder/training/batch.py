@@ -47,9 +47,14 @@ class PhraseTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionTargets:
-    """Truth of retrieval and captioning requests: `texts` int64[R, T], the captions."""
+    """Truth of retrieval and captioning requests.
+
+    texts      int64[R + N, T], the captions, and behind them what they speak of, counts[r] phrases of request
+    r; no counts without the noun loss
+    """
 
     texts: Tensor
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

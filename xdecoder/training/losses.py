@@ -23,8 +23,17 @@ from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import MAX_SCALE, XDecoder
 from xdecoder.prompts import END, PAD, VOCABULARY_SIZE
 from xdecoder.training import joined
-from xdecoder.training.batch import AnswerTargets, MaskTargets, PhraseTargets, Work
-from xdecoder.training.matcher import ALPHA, GAMMA, Pairs, Pixelwise, match, match_fixed, sample_points
+from xdecoder.training.batch import AnswerTargets, CaptionTargets, MaskTargets, PhraseTargets, Work
+from xdecoder.training.matcher import (
+    ALPHA,
+    GAMMA,
+    Pairs,
+    Pixelwise,
+    assign,
+    match,
+    match_fixed,
+    sample_points,
+)
 
 Terms = dict[str, Tensor]
 _MASKS_AT_ONCE = 16  # whose points are chosen and read: bounds memory, not results
@@ -352,19 +361,60 @@ def grounding_loss(logits: Tensor, pairs: Pairs, same: Sequence[Tensor] | None =
 
 def retrieval(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     """Pictures against captions, by the decoder's image query and by the backbone (X-Decoder, 3.7 and
-    3.8).
+    3.8); and latents against what the captions speak of (3.5), where that has a weight.
     """
+    assert isinstance(work.targets, CaptionTargets)
     outputs = scene.model.ask(scene.pixels, "segmentation", work.images, _tasks(scene, work))
-    scale, captions = scene.model.scale(), F.normalize(texts.sentence, dim=-1)
-    decoder = torch.stack(
-        [
-            _contrast(F.normalize(p.image, dim=-1), captions, scale)
-            + 0.5 * fine_contrast(p.semantic, texts, scale)
-            for p in outputs.predictions[-scene.config.top_layers :]
-        ]
-    )
+    top = outputs.predictions[-scene.config.top_layers :]
+    whole, nouns = texts.rows(slice(len(work.images))), texts.rows(slice(len(work.images), None))
+    scale, captions = scene.model.scale(), F.normalize(whole.sentence, dim=-1)
+    decoder = [
+        _contrast(F.normalize(p.image, dim=-1), captions, scale)
+        + 0.5 * fine_contrast(p.semantic, whole, scale)
+        for p in top
+    ]
     pooled = F.normalize(scene.model.embed_pooled(scene.pixels)[work.images], dim=-1)
-    return {"retrieval": decoder.sum(), "retrieval_backbone": _contrast(pooled, captions, scale)}
+    terms = {
+        "retrieval": torch.stack(decoder).sum(),
+        "retrieval_backbone": _contrast(pooled, captions, scale),
+    }
+    if scene.config.nouns:
+        found = [noun_loss(scene, p.semantic, nouns, work.targets.counts) for p in top]
+        terms["nouns"] = torch.stack(found).sum()
+    return terms
+
+
+def noun_loss(scene: Scene, latents: Tensor, nouns: TextFeatures, counts: Sequence[int]) -> Tensor:
+    """Latents float[R, O, D] against the phrases of captions, counts[r] of them for request r -> a number.
+
+    What the noun loss of X-Decoder (3.5) means to be: every phrase is matched to a latent by meaning alone,
+    and the pairs of all ranks are contrasted, equal phrases as one: 0.7 of the cross-entropy of a latent
+    among the phrases, 0.3 of that of a phrase among the latents, shared by all that are matched to it. Ours:
+    latents learn, which the original's do not; and one that means no object is matched late, so that names
+    go to latents that carry a mask.
+    """
+    with torch.no_grad():
+        something = 1 - scene.model.class_logits(latents, scene.classes).softmax(-1)[..., -1:]
+        costs = something.new_zeros(*latents.shape[:2], max(counts, default=0))
+        for i, names in enumerate(nouns.sentence.split(list(counts))):
+            likely = scene.model.similarity(latents[i], names).softmax(-1)
+            costs[i, :, : len(names)] = -something[i] * likely
+    pairs = assign(costs, list(counts))
+    where = matched(pairs, len(counts))
+    where[:, 3] += torch.tensor([0, *counts]).cumsum(0)[where[:, 1]]
+    _, row, query, noun = where.to(latents.device).unbind(1)
+    ids = F.pad(nouns.ids[noun], (0, scene.model.config.context - nouns.ids.shape[1]))
+    handed = (latents[row, query], nouns.sentence[noun], ids.float())
+    named, sentences, words = (joined.gather(joined.parts(x))[0] for x in handed)
+    distinct, wanted = words.unique(dim=0, return_inverse=True)
+    if not len(distinct):
+        return named.sum() * 0
+    shared = F.one_hot(wanted).T.float()  # [phrases, pairs]
+    names = F.normalize(sentences[shared.argmax(1)], dim=-1)
+    logits = joined.fixed(scene.model.scale()) * F.normalize(named, dim=-1) @ names.T
+    of_latents = F.cross_entropy(logits, wanted)
+    of_phrases = F.cross_entropy(logits.T, shared / shared.sum(1, keepdim=True))
+    return joined.once(0.7 * of_latents + 0.3 * of_phrases)
 
 
 def fine_contrast(latents: Tensor, captions: TextFeatures, scale: Tensor) -> Tensor:
