@@ -6,7 +6,6 @@ is JSON.
 """
 
 import base64
-import binascii
 import io
 import json
 from pathlib import Path
@@ -16,7 +15,7 @@ import pandas as pd
 from PIL import Image
 
 from jobs.predict import Request, predict
-from xdecoder.inference.predictor import Predictor
+from xdecoder.inference.predictor import Picture, Predictor, read_picture
 
 
 class Served:
@@ -45,12 +44,12 @@ def _load_pyfunc(path: str) -> Served:
     return Served(Predictor.load(path))
 
 
-def _image(text: str) -> Image.Image | str:
+def _image(text: str) -> Picture:
     if len(text) < 4096 and Path(text).is_file():
         return text
     try:
-        return Image.open(io.BytesIO(base64.b64decode(text, validate=True))).convert("RGB")
-    except (binascii.Error, OSError) as error:
+        return read_picture(Image.open(io.BytesIO(base64.b64decode(text, validate=True))))
+    except (ValueError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"image is neither a file here nor a JPEG or PNG in base64: {text[:60]!r}"
+            f"image is neither a file here nor a JPEG or PNG in base64: {text[:60]!r} ({error})"
         ) from error

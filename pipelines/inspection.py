@@ -17,6 +17,7 @@ from pipelines import labels, places
 from pipelines.duplicates import SIDE, hashes, is_flat, thumbnail
 from pipelines.labels import LabelError, Region, Runs
 from pipelines.pixels import PHOTOGRAPHS, PixelsError, decode, upright
+from schemas.pictures import to_rgb
 
 # One row a file. `fault` is empty where it is good; `regions` holds id, area, x, y, width, height of each id.
 # `thumbnail` and `hash` are those of duplicates.py; empty and 0 of labels and of images that are all flat.
@@ -114,9 +115,7 @@ def _image(path: str, max_pixels: int) -> Facts:
 
 def fingerprint(image: Image.Image) -> tuple[bytes, int]:
     """The thumbnail and its hash, of duplicates.py; empty and 0 where all is flat."""
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256)  # which `convert` would cut off at 255
-    shown = image if image.mode == "RGB" else image.convert("RGB")
+    shown = image if image.mode == "RGB" else Image.fromarray(to_rgb(image))
     small = shown.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=1.5)
     seen = thumbnail(np.asarray(small.convert("YCbCr")))
     return (b"", 0) if is_flat(seen) else (seen.tobytes(), int(hashes(seen[None])[0]))

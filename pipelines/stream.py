@@ -32,6 +32,7 @@ from pipelines.pixels import PHOTOGRAPHS, PixelsError, upright
 from pipelines.remote import RemoteError
 from pipelines.shards import ShardError, parse
 from schemas.masks import Array
+from schemas.pictures import to_rgb
 from schemas.records import Sample, Split
 from schemas.tasks import STREAM_FIELDS, Stream
 
@@ -153,10 +154,7 @@ def decode_image(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
         image = upright(_open(data, PHOTOGRAPHS))
     except PixelsError as error:
         raise ShardError(f"cannot be decoded: {error.detail}") from None
-    if image.mode.startswith("I"):
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    return np.array(image.convert("RGB"))
+    return to_rgb(image)
 
 
 @dataclass(frozen=True, kw_only=True)

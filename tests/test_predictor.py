@@ -1,5 +1,7 @@
 """Laws of prediction: whatever form a picture has, answers of its own size, and one clear error otherwise."""
 
+import base64
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,8 @@ import torch
 from PIL import Image
 from tiny import COLOURS, MODEL, VOCABULARY, model, samples
 
+from jobs.serving import _image as served_image
+from pipelines.stream import decode_image
 from schemas.masks import Array, decode_rle
 from schemas.records import Rle
 from schemas.taxonomy import Taxonomy
@@ -202,6 +206,34 @@ def test_a_turned_photograph_is_read_as_a_viewer_shows_it(tmp_path: Path) -> Non
     assert np.array_equal(read_picture(tmp_path / "turned.png"), shown)
     with Image.open(tmp_path / "turned.png") as image:
         assert np.array_equal(read_picture(image.convert("RGB")), shown)
+
+
+def test_a_picture_is_read_as_training_reads_it(tmp_path: Path) -> None:
+    """16-bit grey keeps its high byte, from a file, from memory and through the served model."""
+    path = tmp_path / "grey.png"
+    Image.fromarray(np.arange(0, 65536, 97, dtype=np.uint16)[:600].reshape(20, 30)).save(path)
+    trained = decode_image(path.read_bytes())
+    assert len(np.unique(trained)) > 200
+    sent = base64.b64encode(path.read_bytes()).decode()
+    for picture in (path, Image.open(path), served_image(sent)):
+        np.testing.assert_array_equal(read_picture(picture), trained)
+    wide = Image.fromarray(trained[..., 0].astype(np.int32) * 256)
+    np.testing.assert_array_equal(read_picture(wide), trained)
+
+
+def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "floats.tiff")
+    for picture in (tmp_path / "floats.tiff", Image.open(tmp_path / "floats.tiff")):
+        with pytest.raises(ValueError, match="its pixels are floats.*make them uint8"):
+            read_picture(picture)
+    with pytest.raises(ValueError, match="this is a Tensor"):
+        read_picture(torch.zeros(3, 4, 4))  # type: ignore[arg-type]
+    Image.fromarray(samples(1, height=300, width=300)[0].image).save(tmp_path / "half.png")
+    whole = (tmp_path / "half.png").read_bytes()
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        read_picture(Image.open(io.BytesIO(whole[: len(whole) // 2])))
+    with pytest.raises(ValueError, match=r"neither a file here nor a JPEG or PNG in base64: 'grey\.png'"):
+        served_image("grey.png")
 
 
 def test_nothing_to_answer_is_an_error(predictor: Predictor, pictures: list[Array]) -> None:

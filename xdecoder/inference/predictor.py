@@ -10,18 +10,21 @@ are open: without one, the classes of the training are used.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from schemas.masks import Array, area_and_bbox, encode_rle
+from schemas.pictures import to_rgb
 from schemas.tasks import TASKS, Task
 from schemas.taxonomy import Category, Taxonomy
 from xdecoder.inference import draw, generate, postprocess
@@ -672,16 +675,20 @@ def read_picture(picture: Picture) -> Array:
     """
     if isinstance(picture, np.ndarray):
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
-            raise ValueError(f"a picture is uint8[H, W, 3], this is {picture.dtype}{list(picture.shape)}")
+            raise ValueError(
+                f"a picture is uint8[H, W, 3], this is {picture.dtype}{list(picture.shape)}; "
+                "PIL images (Image.fromarray) may be grey or have alpha"
+            )
         return picture
-    if isinstance(picture, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    if not isinstance(picture, Image.Image | str | PathLike):
+        kind = type(picture).__name__
+        raise ValueError(f"a picture is a path, a PIL image or an array uint8[H, W, 3], this is a {kind}")
     try:
-        with Image.open(picture) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        with nullcontext(picture) if isinstance(picture, Image.Image) else Image.open(picture) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ValueError(f"{picture}: no such picture") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # what a decoder raises on hostile bytes is anything
         raise ValueError(f"{picture}: cannot be read as a picture ({error})") from None
 
 
