@@ -277,7 +277,7 @@ def _add_predict(commands: Commands) -> None:
     command.add_argument("--out", type=Path, default=Path("out"))
     command.add_argument("--model", default="demo")
     command.add_argument("--version", default="champion", help="a number, an alias or 'latest'")
-    command.add_argument("--folder", type=Path, help="an exported model instead of the registry's")
+    command.add_argument("--folder", help="an exported model, or its URI, instead of the registry's")
 
 
 def _add_import(commands: Commands) -> None:

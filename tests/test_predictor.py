@@ -156,6 +156,26 @@ def test_a_saved_model_answers_the_same(predictor: Predictor, pictures: list[Arr
     )
 
 
+def test_a_model_is_found_by_its_address(
+    predictor: Predictor, pictures: list[Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "a model"
+    save_model(predictor.model, CARD, folder)
+    caption = predictor.caption(pictures)[0].text
+    for place in (folder, str(folder), "~/a model", folder.as_uri(), Path("~/a model")):
+        assert Predictor.load(place).caption(pictures)[0].text == caption
+    (folder / "model.json").unlink()
+    for place, said in (
+        ("~/a model", "holds no model: model.json is missing"),
+        (folder.as_uri(), r"^file://.*/a%20model holds no model: model.json is missing"),
+        ("nowhere://bucket/model", "^nowhere://bucket/model: model.json cannot be fetched"),
+        ("models:/street@champion", r"^models:/street@champion is known to MLflow.*jobs.tracking.connect"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Predictor.load(place)
+
+
 def test_predicting_leaves_no_gradients(predictor: Predictor, pictures: list[Array]) -> None:
     for ask in ASK.values():
         ask(predictor, pictures[0])

@@ -21,9 +21,11 @@ import torch
 from conftest import SMALL_SHARDS
 from moto.server import DomainDispatcherApplication, create_backend_app
 from pyarrow import fs
+from test_predictor import CARD
 from test_pretrain import JOBS, QUICK, TINY, terminated_when_training_begins
 from test_stream import streamed
 from test_trainer import fit, trainer
+from tiny import model
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from jobs import dispatch, journal, locks, schedule
@@ -40,6 +42,8 @@ from pipelines.shards import file_sha256
 from pipelines.stream import read_samples
 from schemas.jobs import BuildConfig, CorpusConfig, load
 from schemas.records import MANIFEST
+from xdecoder.inference.predictor import Predictor
+from xdecoder.model.files import save_model
 from xdecoder.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -492,6 +496,17 @@ def test_what_is_refused_costs_no_samples(
         patch.setattr(server, "before", refuse)
         next(streamed(version))
     assert len(next(streamed(version))[0]) == 4
+
+
+def test_a_model_is_loaded_from_there(uri: str, server: Server, tmp_path: Path) -> None:
+    save_model(model(), CARD, tmp_path)
+    with pytest.raises(ValueError, match=r"^s3://[^?]* holds no model: model.json is missing"):
+        Predictor.load(uri)
+    for path in tmp_path.iterdir():
+        Remote.at(uri).upload(path, path.name)
+    loaded = Predictor.load(uri)
+    assert loaded.card == CARD
+    assert all(map(torch.equal, loaded.model.state_dict().values(), model().state_dict().values()))
 
 
 def test_checkpoints_lie_there_and_a_damaged_one_gives_way(

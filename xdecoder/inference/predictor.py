@@ -1,25 +1,28 @@
 """A trained model as a user meets it: pictures and words in, typed answers out, each of which can draw
 itself.
 
-    predictor = Predictor.load(folder)
+    predictor = Predictor.load("models/street")  # or s3://bucket/models/street
     predictor.panoptic(["street.jpg"], classes=["car", "road"])[0].draw().save("out.png")
 
 Pictures may be paths, PIL images or arrays uint8[H, W, 3]; answers have the picture's own size. Class lists
 are open: without one, the classes of the training are used.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pyarrow import fs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,7 +35,7 @@ from xdecoder.inference.generate import GREEDY, Search
 from xdecoder.inference.postprocess import Frame, Instances, PanopticMap
 from xdecoder.inference.zeroshot import ZeroShot
 from xdecoder.model.decoder import Pixels, Prediction
-from xdecoder.model.files import ModelCard, load_model
+from xdecoder.model.files import CARD, WEIGHTS, ModelCard, load_model
 from xdecoder.model.xdecoder import XDecoder, columns
 from xdecoder.prompts import END
 from xdecoder.training.augment import PAD_VALUE
@@ -251,11 +254,12 @@ class Predictor:
             self._tasks = model.text(model.task_ids).sentence
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu") -> "Predictor":
-        """A model that `training.checkpoint.export` wrote. Raises `ValueError` where the folder holds
-        none.
+    def load(cls, place: str | Path, device: str = "cpu") -> "Predictor":
+        """A model that `training.checkpoint.export` wrote: its folder, or the URI of one that pyarrow opens
+        (`file://`, `s3://`, `gs://` ...). Raises `ValueError` where that holds none.
         """
-        model, card = load_model(Path(folder), device)
+        with _at_hand(place) as folder:
+            model, card = load_model(folder, device)
         return cls(model, card)
 
     def see(self, images: Sequence[Picture], tasks: Sequence[Task] = ()) -> Seen:
@@ -655,6 +659,31 @@ def embed_classes(model: XDecoder, names: Sequence[str], chunk: int = 1024) -> T
         ids = texts.ids[rows, :longest].to(sentences.device)
         sentences[rows.to(sentences.device)] = model.text(ids).sentence.to(sentences.dtype)
     return texts.embed(sentences)
+
+
+@contextmanager
+def _at_hand(place: str | Path) -> Iterator[Path]:
+    """The folder of a model; of one that lies elsewhere a copy, which goes when the context ends."""
+    if isinstance(place, Path) or not re.match(r"[a-z][a-z0-9+.-]+:/", place):
+        yield Path(place).expanduser()
+        return
+    shown = place.partition("?")[0]
+    if place.startswith(("models:", "runs:")):
+        raise ValueError(
+            f"{shown} is known to MLflow alone: give the folder that `jobs.tracking.connect(store)` fetches "
+            "(`tracker.fetch(tracker.version(model, version), cache)`), or type `python -m jobs predict`"
+        )
+    with TemporaryDirectory(prefix="xdecoder-") as folder:
+        name = CARD
+        try:
+            files, root = fs.FileSystem.from_uri(place)
+            for name in (CARD, WEIGHTS):
+                fs.copy_files(f"{root}/{name}", f"{folder}/{name}", files, fs.LocalFileSystem())
+        except FileNotFoundError:
+            raise ValueError(f"{shown} holds no model: {name} is missing") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{shown}: {name} cannot be fetched ({error})") from None
+        yield Path(folder)
 
 
 def _some(images: Sequence[Picture]) -> Sequence[Picture]:
