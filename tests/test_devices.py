@@ -88,3 +88,15 @@ def test_every_answer_is_found_there(asked: str) -> None:
         there = ANSWERS[asked](Predictor(model().to(device), CARD, batch=2))
     for one, other in zip(there, here, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", ANSWERS)
+def test_every_answer_is_found_in_half_precision(asked: str) -> None:
+    """What is kept of texts there is as good in full precision."""
+    half, whole = Predictor(model(), CARD, batch=2), Predictor(model(), CARD, batch=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = ANSWERS[asked](half)
+    expected = ANSWERS[asked](whole)
+    assert len(rough) == len(expected)
+    for one, other in zip(ANSWERS[asked](half), expected, strict=True):
+        np.testing.assert_array_equal(one, other)

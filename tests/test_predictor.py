@@ -18,7 +18,7 @@ from pipelines.stream import decode_image
 from schemas.masks import Array, decode_rle
 from schemas.records import Rle
 from schemas.taxonomy import Taxonomy
-from xdecoder.inference.predictor import ClassCache, Predictor, embed_classes, read_picture
+from xdecoder.inference.predictor import Predictor, TextCache, embed_classes, read_picture
 from xdecoder.model.files import ModelCard, save_model
 
 COMMON = [
@@ -397,22 +397,41 @@ def test_synonyms_stand_between_commas(predictor: Predictor, pictures: list[Arra
 
 
 def test_class_lists_are_embedded_once_as_long_as_the_weights_stay() -> None:
-    of, cache = model().requires_grad_(False), ClassCache(most_names=5)
+    of, cache = model().requires_grad_(False), TextCache(most_names=5)
     passed: list[int] = []
     hook = of.text.register_forward_pre_hook(lambda _, ids: passed.append(len(ids[0])))
     three, four = ("a", "b", "c"), ("d", "e", "f", "g")
-    first = cache(of, three)
-    assert torch.equal(cache(of, three), first) and len(passed) == 1
+    first = cache.classes(of, three)
+    assert torch.equal(cache.classes(of, three), first) and len(passed) == 1
     torch.testing.assert_close(first, embed_classes(of, three))
     passed.clear()
-    cache(of, four)
-    cache(of, three)
+    cache.classes(of, four)
+    cache.classes(of, three)
     assert len(passed) == 2, "seven names are more than are kept"
     of.text.project.weight.neg_()
-    assert not torch.allclose(cache(of, three), first)
+    assert not torch.allclose(cache.classes(of, three), first)
     of.load_state_dict(model(1).state_dict())
-    torch.testing.assert_close(cache(of, three), embed_classes(of, three))
+    torch.testing.assert_close(cache.classes(of, three), embed_classes(of, three))
     hook.remove()
+
+
+def test_other_weights_are_noticed_wherever_texts_are_kept(pictures: list[Array]) -> None:
+    changed = Predictor(model(), CARD)
+    before = {name: ask(changed, pictures[0]).to_json() for name, ask in ASK.items()}
+    changed.model.load_state_dict(model(1).state_dict())
+    fresh = Predictor(model(1), CARD)
+    after = {name: ask(changed, pictures[0]).to_json() for name, ask in ASK.items()}
+    assert after == {name: ask(fresh, pictures[0]).to_json() for name, ask in ASK.items()} != before
+    torch.testing.assert_close(changed._task("panoptic", 1), fresh._task("panoptic", 1))
+
+
+def test_a_model_made_in_inference_mode_answers(predictor: Predictor, pictures: list[Array]) -> None:
+    with torch.inference_mode():
+        made = Predictor(model(), CARD)
+        assert made.semantic(pictures[:1])[0].to_json() == predictor.semantic(pictures[:1])[0].to_json()
+        made.model.load_state_dict(model(1).state_dict())
+    fresh = Predictor(model(1), CARD)
+    assert made.semantic(pictures[:1])[0].to_json() == fresh.semantic(pictures[:1])[0].to_json()
 
 
 @pytest.mark.parametrize("count", [847, 20_000])
@@ -424,7 +443,7 @@ def test_long_class_lists_pass_in_chunks(count: int, pictures: list[Array]) -> N
     result = predictor.panoptic(pictures[:1], names, object_threshold=0)[0]
     assert result.names == names and sum(rows) == count + 1 and max(rows) <= 1024
     rows.clear()
-    embedded = predictor._class_texts(predictor.model, names)
+    embedded = predictor._texts.classes(predictor.model, names)
     assert not rows and embedded.shape == (count + 1, MODEL.width)
     hook.remove()
     for i in (0, count // 2, count - 1):

@@ -10,7 +10,7 @@ are open: without one, the classes of the training are used.
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -249,9 +249,8 @@ class Predictor:
         self.model, self.card, self.batch = model.eval(), card, batch
         self.device = model.task_ids.device
         self.vocabulary = card.vocabulary
-        self._class_texts = ClassCache()
-        with torch.no_grad():
-            self._tasks = model.text(model.task_ids).sentence
+        self._texts = TextCache()
+        self._texts.tasks(model)  # before anybody waits
 
     @classmethod
     def load(cls, place: str | Path, device: str = "cpu") -> "Predictor":
@@ -402,7 +401,8 @@ class Predictor:
         final = self.model.ask(seen.pixels, "referring", where, task, text).final
         nearest = self.model.similarity(final.semantic, sentences)  # float[R, O, P]
         chosen = replace(final, mask_embed=_rows(final.mask_embed, nearest.argmax(1)))
-        return self.model.masks(chosen, seen.pixels, where), nearest.amax(1) / self.model.scale()
+        fits = nearest.float().amax(1) / self.model.scale()
+        return self.model.masks(chosen, seen.pixels, where), fits
 
     # -------------------------------------------------------------------------------------------- image and
     # text
@@ -424,7 +424,8 @@ class Predictor:
                 task = self._task("retrieval", count)
                 final = self.model.ask(seen.pixels, "segmentation", where, task).final
                 both = (final.image, self.model.embed_pooled(seen.pixels))
-                rows.append(torch.stack([F.normalize(x, dim=-1) @ sentences.T for x in both]).mean(0).cpu())
+                fits = torch.stack([F.normalize(x, dim=-1) @ sentences.T for x in both])
+                rows.append(fits.float().mean(0).cpu())
                 pictures += seen.arrays
         return RetrievalResult(images=tuple(pictures), texts=tuple(texts), scores=torch.cat(rows).numpy())
 
@@ -517,7 +518,7 @@ class Predictor:
         return seen
 
     def _task(self, task: Task, rows: int) -> Tensor:
-        return self._tasks[TASKS.index(task)].expand(rows, -1)
+        return self._texts.tasks(self.model)[TASKS.index(task)].expand(rows, -1)
 
     @torch.no_grad()
     def _segments(
@@ -561,7 +562,7 @@ class Predictor:
         """What `XDecoder.class_logits` takes for these classes."""
         if self.model.config.classes:
             return columns(self.vocabulary.taxonomy.names, names).to(self.device)
-        return self._class_texts(self.model, tuple(names))
+        return self._texts.classes(self.model, tuple(names))
 
     @torch.no_grad()
     def _decode(self, batch: _Fitted, tasks: Sequence[Task]) -> list[Prediction]:
@@ -621,24 +622,35 @@ class Predictor:
             yield [read_picture(image) for image in images[start : start + self.batch]]
 
 
-class ClassCache:
-    """Class lists as embeddings: those used last are kept, as long as the weights stay what they are.
+class TextCache:
+    """The tasks' sentences, and class lists as embeddings: those used last are kept, as long as the weights
+    stay what they are, and are of the weights' precision whatever autocast says.
 
     Lists of tens of thousands of names pass the text encoder in chunks. An optimiser's step or another
-    checkpoint makes new embeddings; writing to a parameter's `.data` goes unnoticed.
+    checkpoint makes new embeddings; writing to a parameter's `.data` goes unnoticed. Weights made in
+    inference mode do not tell when they change: of those nothing is kept.
     """
 
     def __init__(self, most_names: int = 1 << 16) -> None:
         self.most_names = most_names  # over all lists; chosen by us: 128 MiB at a width of 512
         self._kept: OrderedDict[tuple[str, ...], tuple[object, Tensor]] = OrderedDict()
 
-    @torch.no_grad()
-    def __call__(self, model: XDecoder, names: tuple[str, ...]) -> Tensor:
+    def tasks(self, model: XDecoder) -> Tensor:
+        """float[7, D], what is said to the model in each task."""
+        return self._known(model, (), lambda: model.text(model.task_ids).sentence)
+
+    def classes(self, model: XDecoder, names: tuple[str, ...]) -> Tensor:
         """Unit float[K + 1, D] of K names and no object, unless that is learned."""
-        weights = [(p.data_ptr(), p._version) for p in model.text.parameters()]
+        return self._known(model, names, lambda: embed_classes(model, names))
+
+    def _known(self, model: XDecoder, names: tuple[str, ...], embed: Callable[[], Tensor]) -> Tensor:
+        weights = [
+            object() if p.is_inference() else (p.data_ptr(), p._version) for p in model.text.parameters()
+        ]
         known = self._kept.pop(names, None)
         if known is None or known[0] != weights:
-            known = (weights, embed_classes(model, names))
+            with torch.no_grad(), torch.autocast(model.task_ids.device.type, enabled=False):
+                known = (weights, embed())
         self._kept[names] = known
         while len(self._kept) > 1 and sum(map(len, self._kept)) > self.most_names:
             self._kept.popitem(last=False)
