@@ -273,6 +273,32 @@ def test_nothing_to_answer_is_an_error(predictor: Predictor, pictures: list[Arra
         predictor.semantic(pictures, ["grass", "grass"])
 
 
+def test_one_where_a_list_is_meant_is_an_error(
+    predictor: Predictor, pictures: list[Array], tmp_path: Path
+) -> None:
+    (tmp_path / "one.png").touch()
+    ones: list[Any] = [pictures[0], Image.fromarray(pictures[0]), tmp_path / "one.png", "one.png"]
+    for one in ones:
+        for ask in (predictor.panoptic, predictor.caption, predictor.see):
+            with pytest.raises(ValueError, match=r"pictures are a list, this is one: write \[picture\]"):
+                ask(one)
+    seen = predictor.see(pictures[:1])
+    asked: dict[str, Callable[[Any], Any]] = {
+        "phrases": lambda text: predictor.refer(seen, text),
+        "texts": lambda text: predictor.retrieve(seen, text),
+        "regions": lambda text: predictor.describe(seen, text),
+        "questions": lambda text: predictor.answer(seen, text),
+        "answers": lambda text: predictor.answer(seen, ["what?"], text),
+        "classes": lambda text: predictor.semantic(seen, text),
+    }
+    for what, ask_with in asked.items():
+        with pytest.raises(ValueError, match=rf"{what} are a list, this is one text: write \['red'\]"):
+            ask_with("red")
+    with pytest.raises(ValueError, match="a picture is .*, this is a list"):
+        predictor.refer(pictures, ["red"])  # type: ignore[arg-type]
+    assert len(predictor.semantic(picture for picture in pictures)) == 2  # type: ignore[arg-type]
+
+
 def test_a_model_without_answers_asks_for_a_list(pictures: list[Array]) -> None:
     silent = Predictor(model(), CARD.model_copy(update={"answers": ()}))
     with pytest.raises(ValueError, match="no answers to choose from.*give a list"):

@@ -17,7 +17,7 @@ from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from xdecoder.training.augment import PAD_VALUE
 from xdecoder.training.losses import answer_logits, pack
 
 Picture = str | Path | Image.Image | Array
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +344,7 @@ class Predictor:
 
         Raises `ValueError` without a phrase.
         """
-        if not phrases:
+        if not (phrases := _listed(phrases, "phrases")):
             raise ValueError("referring needs at least one phrase")
         (seen,) = self._fitted(self._one(image))
         together = self.model.config.quirks.phrases_together
@@ -358,7 +359,7 @@ class Predictor:
             scores.append(fits.flatten().cpu().numpy())
         return ReferringResult(
             image=seen.arrays[0],
-            phrases=tuple(phrases),
+            phrases=phrases,
             masks=np.concatenate(masks),
             scores=np.concatenate(scores),
         )
@@ -412,7 +413,7 @@ class Predictor:
 
         Raises `ValueError` without a text.
         """
-        if not texts:
+        if not (texts := _listed(texts, "texts")):
             raise ValueError("retrieval needs at least one text")
         rows: list[Tensor] = []
         pictures: list[Array] = []
@@ -427,7 +428,7 @@ class Predictor:
                 fits = torch.stack([F.normalize(x, dim=-1) @ sentences.T for x in both])
                 rows.append(fits.float().mean(0).cpu())
                 pictures += seen.arrays
-        return RetrievalResult(images=tuple(pictures), texts=tuple(texts), scores=torch.cat(rows).numpy())
+        return RetrievalResult(images=tuple(pictures), texts=texts, scores=torch.cat(rows).numpy())
 
     def caption(self, images: Pictures, *, max_tokens: int = 50, search: Search = GREEDY) -> list[TextResult]:
         """A sentence about each picture."""
@@ -452,7 +453,7 @@ class Predictor:
         The words look at the region alone (X-Decoder, 2.5). Raises `ValueError` without a region, or where a
         mask is not of the picture's size.
         """
-        if not len(regions):
+        if not (regions := _listed(regions, "regions")):
             raise ValueError("describing needs at least one region: a phrase or a mask")
         seen = self._one(image)
         phrases = [region for region in regions if isinstance(region, str)]
@@ -477,9 +478,9 @@ class Predictor:
 
         Raises `ValueError` without a question, and where there is no list to choose from.
         """
-        if not questions:
+        if not (questions := _listed(questions, "questions")):
             raise ValueError("answering needs at least one question")
-        listed = tuple(answers) if answers is not None else self.vocabulary.answers
+        listed = _listed(answers, "answers") if answers is not None else self.vocabulary.answers
         if not listed:
             raise ValueError(
                 "no answers to choose from: the model was trained without questions; give a list"
@@ -507,7 +508,7 @@ class Predictor:
         if isinstance(classes, Taxonomy):
             return classes
         known = {c.name: c for c in self.vocabulary.taxonomy.categories}
-        categories = tuple(known.get(name, Category(name=name, isthing=True)) for name in classes)
+        categories = tuple(known.get(n, Category(name=n, isthing=True)) for n in _listed(classes, "classes"))
         return Taxonomy(name="prediction", categories=categories)
 
     def _one(self, image: Picture | Seen) -> Seen:
@@ -618,7 +619,8 @@ class Predictor:
             yield _Squared(pixels=self.model.encode(canvas, padding), arrays=tuple(arrays))
 
     def _batches(self, images: Sequence[Picture]) -> Iterator[list[Array]]:
-        for start in range(0, len(_some(images)), self.batch):
+        images = _some(images)
+        for start in range(0, len(images), self.batch):
             yield [read_picture(image) for image in images[start : start + self.batch]]
 
 
@@ -698,10 +700,21 @@ def _at_hand(place: str | Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _some(images: Sequence[Picture]) -> Sequence[Picture]:
-    if not len(images):
+def _some(images: Sequence[Picture]) -> tuple[Picture, ...]:
+    if isinstance(images, str | PathLike | Image.Image) or (
+        isinstance(images, np.ndarray) and images.ndim < 4
+    ):
+        raise ValueError("pictures are a list, this is one: write [picture]")
+    if not (listed := tuple(images)):
         raise ValueError("no pictures given")
-    return images
+    return listed
+
+
+def _listed(items: Sequence[T], what: str) -> tuple[T, ...]:
+    """Raises `ValueError` for one string, which would count as a list of its letters."""
+    if isinstance(items, str):
+        raise ValueError(f"{what} are a list, this is one text: write [{items!r}]")
+    return tuple(items)
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
