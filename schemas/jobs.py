@@ -182,6 +182,18 @@ class ModelConfig(Settings):
         """Whether words can be queries: phrases, captions, questions and the tasks that need them."""
         return self.text_width == self.width
 
+    @property
+    def able(self) -> tuple[Task, ...]:
+        """What can be asked of this architecture. Words are queries where they have the model's width; where
+        classes are columns and no texts, no text can be compared with what a query means.
+        """
+        masks: tuple[Task, ...] = ("semantic", "instance", "panoptic")
+        if self.output != "masks":
+            return masks[:1]
+        if not self.text_queries:
+            return masks
+        return (*masks, "captioning") if self.classes else TASKS
+
     @model_validator(mode="after")
     def _divisible(self) -> "ModelConfig":
         pairs = [("heads", self.width, self.heads)]
@@ -775,17 +787,13 @@ class PretrainJob(Job):
 
     @model_validator(mode="after")
     def _tasks_fit_the_model(self) -> "PretrainJob":
-        able: tuple[Task, ...] = TASKS
-        if not self.model.text_queries:
-            able = ("semantic", "instance", "panoptic")
-        if self.model.output != "masks":
-            able = ("semantic",)
         for what, tasks in (("train", self.train.tasks), ("evaluate", self.evaluate.tasks)):
-            beyond = sorted(set(tasks) - set(able))
+            beyond = sorted(set(tasks) - set(self.model.able))
             if beyond:
                 raise ValueError(
                     f"{what}.tasks: this model (model.output {self.model.output!r}, "
-                    f"{'' if self.model.text_queries else 'no '}text queries) cannot do {beyond}"
+                    f"{'' if self.model.text_queries else 'no '}text queries, "
+                    f"{'closed' if self.model.classes else 'open'} class list) cannot do {beyond}"
                 )
         if self.train.loss.matching == "fixed" and self.model.classes > self.model.latents:
             raise ValueError(

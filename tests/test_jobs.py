@@ -78,6 +78,7 @@ def test_wrong_values_are_refused_with_their_place(override: str, says: str) -> 
         ("maskformer_swin_l", ["train.loss.matching=fixed"], "a latent for each of model.classes 150"),
         ("mask2former", ["train.tasks=[panoptic, referring]"], "cannot do ['referring']"),
         ("zegformer", ["evaluate.tasks=[captioning]"], "cannot do ['captioning']"),
+        ("oneformer", ["train.tasks=[panoptic, referring]"], "closed class list) cannot do ['referring']"),
         ("per_pixel", ["train.tasks=[panoptic]"], "cannot do ['panoptic']"),
     ],
 )

@@ -15,6 +15,7 @@ from tiny import COLOURS, MODEL, VOCABULARY, model, samples
 
 from jobs.serving import _image as served_image
 from pipelines.stream import decode_image
+from schemas.jobs import TextConfig
 from schemas.masks import Array, decode_rle
 from schemas.records import Rle
 from schemas.taxonomy import Taxonomy
@@ -297,6 +298,46 @@ def test_one_where_a_list_is_meant_is_an_error(
     with pytest.raises(ValueError, match="a picture is .*, this is a list"):
         predictor.refer(pictures, ["red"])  # type: ignore[arg-type]
     assert len(predictor.semantic(picture for picture in pictures)) == 2  # type: ignore[arg-type]
+
+
+CLOSED: dict[str, Any] = {"classes": 5}
+WORDLESS: dict[str, Any] = {**CLOSED, "task_tokens": False, "text": None}
+Asked = list[tuple[str, Callable[[Predictor, Array], Any]]]
+PHRASES_ASKED: Asked = [
+    ("referring", lambda p, x: p.refer(x, ["red"])),
+    ("referring", lambda p, x: p.find([x], "red")),
+    ("retrieval", lambda p, x: p.retrieve([x], ["red"])),
+    ("vqa", lambda p, x: p.answer(x, ["what?"], ["red"])),
+]
+WORDS_ASKED: Asked = [
+    *PHRASES_ASKED,
+    ("captioning", lambda p, x: p.caption([x])),
+    ("captioning", lambda p, x: p.describe(x, [np.ones(x.shape[:2], dtype=bool)])),
+]
+MASKS_ASKED: Asked = [("panoptic", lambda p, x: p.panoptic([x])), ("instance", lambda p, x: p.instance([x]))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "beyond"),
+    [
+        (CLOSED, PHRASES_ASKED),
+        (WORDLESS, WORDS_ASKED),
+        ({"text": TextConfig(layers=1, heads=2, context=20, width=48), "task_tokens": False}, WORDS_ASKED),
+        ({**WORDLESS, "output": "pixels", "decoder_layers": 0}, [*WORDS_ASKED, *MASKS_ASKED]),
+    ],
+    ids=["closed", "wordless", "other width", "per pixel"],
+)
+def test_what_an_architecture_cannot_do_is_one_error(
+    changes: dict[str, Any], beyond: Asked, pictures: list[Array]
+) -> None:
+    of = model(**changes)
+    predictor = Predictor(of, CARD.model_copy(update={"model": of.config}))
+    for task, ask in beyond:
+        with pytest.raises(ValueError, match=rf"cannot do '{task}': .* for \['semantic'"):
+            ask(predictor, pictures[0])
+    for _, ask in (asked for asked in MASKS_ASKED if asked not in beyond):
+        ask(predictor, pictures[0])
+    assert predictor.semantic(pictures[:1])
 
 
 def test_a_model_without_answers_asks_for_a_list(pictures: list[Array]) -> None:

@@ -244,7 +244,10 @@ Pictures = Sequence[Picture] | Seen
 
 
 class Predictor:
-    """Answers the seven tasks with one model. Methods take any number of pictures and work in batches."""
+    """Answers the seven tasks with one model. Methods take any number of pictures and work in batches.
+
+    A task beyond the model's architecture raises `ValueError`.
+    """
 
     def __init__(self, model: XDecoder, card: ModelCard, *, batch: int = 16) -> None:
         self.model, self.card, self.batch = model.eval(), card, batch
@@ -287,6 +290,7 @@ class Predictor:
         """Every pixel to at most one segment. `task` is the token that is fed (the others serve
         experiments).
         """
+        self._demand("panoptic")
         taxonomy = self._taxonomy(classes)
         things = torch.tensor([c.isthing for c in taxonomy.categories])
         return [
@@ -328,6 +332,7 @@ class Predictor:
         self, images: Pictures, classes: Sequence[str] | Taxonomy | None = None, *, top_k: int = 100
     ) -> list[InstanceResult]:
         """Things, each with a mask and a score, best first."""
+        self._demand("instance")
         taxonomy = self._taxonomy(classes)
         things = torch.tensor([c.isthing for c in taxonomy.categories])
         return [
@@ -344,6 +349,7 @@ class Predictor:
 
         Raises `ValueError` without a phrase.
         """
+        self._demand("referring")
         if not (phrases := _listed(phrases, "phrases")):
             raise ValueError("referring needs at least one phrase")
         (seen,) = self._fitted(self._one(image))
@@ -368,6 +374,7 @@ class Predictor:
         """Which region of which picture a text means: the regions that `refer` finds, ranked by the mean of
         how well region and picture fit the text.
         """
+        self._demand("referring", "retrieval")
         seen = images if isinstance(images, Seen) else self.see(images)
         masks: list[Array] = []
         fits: list[Tensor] = []
@@ -413,6 +420,7 @@ class Predictor:
 
         Raises `ValueError` without a text.
         """
+        self._demand("retrieval")
         if not (texts := _listed(texts, "texts")):
             raise ValueError("retrieval needs at least one text")
         rows: list[Tensor] = []
@@ -432,6 +440,7 @@ class Predictor:
 
     def caption(self, images: Pictures, *, max_tokens: int = 50, search: Search = GREEDY) -> list[TextResult]:
         """A sentence about each picture."""
+        self._demand("captioning")
         results = []
         for seen in self._squared(images):
             where = torch.arange(len(seen.arrays), device=self.device)
@@ -453,6 +462,7 @@ class Predictor:
         The words look at the region alone (X-Decoder, 2.5). Raises `ValueError` without a region, or where a
         mask is not of the picture's size.
         """
+        self._demand("captioning")
         if not (regions := _listed(regions, "regions")):
             raise ValueError("describing needs at least one region: a phrase or a mask")
         seen = self._one(image)
@@ -478,6 +488,7 @@ class Predictor:
 
         Raises `ValueError` without a question, and where there is no list to choose from.
         """
+        self._demand("vqa")
         if not (questions := _listed(questions, "questions")):
             raise ValueError("answering needs at least one question")
         listed = _listed(answers, "answers") if answers is not None else self.vocabulary.answers
@@ -500,6 +511,16 @@ class Predictor:
         ]
 
     # -------------------------------------------------------------------------------------------- inside
+
+    def _demand(self, *tasks: Task) -> None:
+        """Raises `ValueError` where a task is beyond the model's architecture."""
+        able = self.model.config.able
+        for task in tasks:
+            if task not in able:
+                raise ValueError(
+                    f"this model cannot do {task!r}: its architecture (model.output, model.text, "
+                    f"model.classes) is for {list(able)}; ask another model"
+                )
 
     def _taxonomy(self, classes: Sequence[str] | Taxonomy | None) -> Taxonomy:
         """A class list as a taxonomy; names the training did not know count as things."""
