@@ -72,6 +72,15 @@ def test_small_pictures_are_enlarged_by_a_whole_factor_and_large_ones_kept() -> 
     np.testing.assert_array_equal(np.asarray(draw_text(large, [])), large)
 
 
+@pytest.mark.parametrize(("height", "factor"), [(600, 3), (5000, 1)])
+def test_a_narrow_picture_is_not_enlarged_without_end(height: int, factor: int) -> None:
+    narrow = np.full((height, 2, 3), 7, np.uint8)
+    picture = draw_semantic(narrow, np.zeros((height, 2), int), ["grass"])
+    assert picture.width == draw.LEAST_WIDTH and picture.height < height * factor + 50
+    row = np.asarray(picture)[height * factor // 2]
+    assert (row.min(-1) < 255).sum() == 2 * factor, "beside it is paper"
+
+
 @pytest.mark.parametrize("text", ["a very long caption " * 20, "x" * 20, "", "naïve café — ünïcode"])
 def test_long_texts_are_wrapped_inside_the_sheet(text: str) -> None:
     picture = draw_text(IMAGE, [text])

@@ -20,6 +20,7 @@ from schemas.masks import Array
 Colour = tuple[int, int, int]
 
 LEAST_WIDTH = 360  # pixels of a finished picture
+MOST_HEIGHT = 6 * LEAST_WIDTH  # pixels to which a narrow picture is enlarged; chosen by us
 FONT = ImageFont.load_default(13)
 LINE, MARGIN, SQUARE = 19, 6, 11  # pixels: a line of text, the space around it, a legend's square
 OPACITY = 0.5
@@ -172,7 +173,9 @@ def _wrapped(text: str, width: float) -> list[str]:
 
 
 def _enlarged(image: Array) -> Image.Image:
-    """At least LEAST_WIDTH pixels wide, by a whole factor, so that masks enlarged likewise fit exactly."""
-    factor = max(1, math.ceil(LEAST_WIDTH / image.shape[1]))
+    """By a whole factor, so that masks enlarged likewise fit exactly: to LEAST_WIDTH pixels or more, unless
+    that were more than MOST_HEIGHT pixels high.
+    """
+    factor = max(1, min(math.ceil(LEAST_WIDTH / image.shape[1]), MOST_HEIGHT // image.shape[0]))
     size = image.shape[1] * factor, image.shape[0] * factor
     return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
