@@ -265,7 +265,12 @@ def _add_predict(commands: Commands) -> None:
     command.add_argument(
         "--text", action="append", default=[], help="a phrase, question or text; may be repeated"
     )
-    command.add_argument("--classes", default="", help='"red circle, grass"; new ones as "lava:stuff"')
+    command.add_argument(
+        "--classes",
+        default="",
+        help='"red circle, grass"; new ones as "lava:stuff"; '
+        'with semicolons a class may have synonyms: "painting, picture; floor"',
+    )
     command.add_argument("--beams", type=int, default=1, help="captions followed at a time; 1 is greedy")
     command.add_argument(
         "--zeroshot",

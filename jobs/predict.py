@@ -22,7 +22,7 @@ KINDS = {"thing": True, "stuff": False}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked. `texts` are phrases, questions or texts to rank by; `classes` names between commas;
+    """What is asked. `texts` are phrases, questions or texts to rank by; `classes` as in `parse_classes`;
     `beams` are those of captioning, 1 is greedy; `zeroshot` tells the semantic task's classes that had no
     mask in training.
     """
@@ -74,10 +74,13 @@ def write(answers: Sequence[Answer], folder: Path) -> list[Path]:
 def parse_classes(text: str, known: Taxonomy) -> Taxonomy | None:
     """ "red circle, lava:stuff" -> a taxonomy; None where the text is empty.
 
+    With a semicolon anywhere, classes stand between semicolons and a class's synonyms between commas, as in
+    taxonomies: "painting, picture; zebra, striped horse:thing" and "painting, picture;" are two and one.
+
     A class that the model was not trained with needs to say whether it is a `:thing` (counted one by one) or
     `:stuff` (one region): nothing else could tell. Raises `ValueError` where it does not.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(";" if ";" in text else ",") if name.strip()]
     if not names:
         return None
     categories = {category.name: category for category in (_category(name, known) for name in names)}
@@ -90,8 +93,10 @@ def _category(text: str, known: Taxonomy) -> Category:
         return Category(name=name, isthing=KINDS[kind])
     found = next((category for category in known.categories if category.name == text), None)
     if found is None:
+        wider = next((n for n in known.names if "," in n and text in map(str.strip, n.split(","))), "")
+        hint = f"; it is one of several names: write '{wider};'" if wider else _nearest(text, known.names)
         raise ValueError(
-            f"class {text!r} is not one that the model was trained with{_nearest(text, known.names)}; "
+            f"class {text!r} is not one that the model was trained with{hint}; "
             f"if you mean it, write '{name}:thing' or '{name}:stuff'"
         )
     return found

@@ -1,8 +1,8 @@
 """How MLflow loads and asks a logged model (`pyfunc`). Imported from the code that travels with the model.
 
 A request is a row: `image` (a path, or the bytes of a JPEG or PNG in base64), `task`, and where the task
-needs them `text` (a phrase, a question, a text to rank by) and `classes` (names between commas). The answer
-is JSON.
+needs them `text` (a phrase, a question, a text to rank by) and `classes` (names, as in `parse_classes`). The
+answer is JSON.
 """
 
 import base64

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from jobs.__main__ import main
+from jobs.predict import parse_classes
 from schemas.jobs import DemoConfig, load
+from schemas.taxonomy import shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ROOT / "jobs"
@@ -183,6 +185,22 @@ def test_what_cannot_be_asked(
     assert not out.exists()
 
 
+def test_every_class_of_a_shipped_taxonomy_can_be_named() -> None:
+    known = shipped("ade847")
+    assert parse_classes("; ".join(known.names), known) == known.model_copy(update={"name": "prediction"})
+    only = parse_classes("painting, picture;", known)
+    assert only is not None and only.names == ("painting, picture",)
+    new = parse_classes("wall; zebra, striped horse:thing", known)
+    assert new is not None and [(c.name, c.isthing) for c in new.categories] == [
+        ("wall", False),
+        ("zebra, striped horse", True),
+    ]
+    with pytest.raises(
+        ValueError, match="class 'painting' is not.*several names: write 'painting, picture;'"
+    ):
+        parse_classes("painting, picture", known)
+
+
 def test_pictures_that_cannot_be_read(refusal: Refusal, tmp_path: Path, model: Path) -> None:
     assert "missing.jpg: no such picture" in refusal("predict", "missing.jpg", "--folder", model)
     (tmp_path / "text.jpg").write_text("no picture", encoding="utf-8")
@@ -199,6 +217,10 @@ def test_pictures_that_cannot_be_read(refusal: Refusal, tmp_path: Path, model: P
             {"photo-semantic.json", "photo-semantic.png"},
         ),
         (["--task", "instance", "--classes", "red square"], {"photo-instance.json", "photo-instance.png"}),
+        (
+            ["--task", "semantic", "--classes", "grass; lava, molten rock:stuff"],
+            {"photo-semantic.json", "photo-semantic.png"},
+        ),
         (["--task", "referring", "--text", "the circle"], {"photo-referring.json", "photo-referring.png"}),
         (["--task", "captioning"], {"photo-captioning.json", "photo-captioning.png"}),
         (["--task", "captioning", "--beams", "2"], {"photo-captioning.json", "photo-captioning.png"}),
