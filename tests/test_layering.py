@@ -77,4 +77,4 @@ def test_learning_needs_neither_ray_nor_mlflow() -> None:
         for name in imported(path.read_text(encoding="utf-8"))
     }
     known = set(OURS) | {"numpy", "torch", "timm", "open_clip", "scipy", "PIL", "pydantic", "safetensors"}
-    assert outside - set(sys.stdlib_module_names) <= known | {"pycocotools", "torchvision"}
+    assert outside - set(sys.stdlib_module_names) <= known | {"pyarrow", "pycocotools", "torchvision"}
