@@ -294,7 +294,8 @@ class _QueryInit(nn.Module):
 
     The original swaps positions and features, so its values hold no picture; here values are the features.
     Memory is the finest level of the decoder instead of the mask features: four times fewer keys, chosen by
-    us.
+    us. The layers are the decoder's, which look before they talk and end with a norm of their own; DETR's
+    talk first, and share one more norm at the end.
     """
 
     def __init__(self, width: int, heads: int, ffn: int, layers: int) -> None:
