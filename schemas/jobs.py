@@ -361,7 +361,8 @@ class CorpusConfig(Settings):
     licence: str = ""
     image_ids: Name | Literal[""] = Field(
         default="",
-        description="whose numbers the images have, e.g. coco: one number in two corpora is one image",
+        description="whose ids the images have, e.g. coco: one id in two corpora is one image; 42, "
+        "000000000042.jpg and COCO_val2014_000000000042.jpg are one id",
     )
     limit: NonNegative = Field(default=0, description="at most this many images; 0 is all")
 

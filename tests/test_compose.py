@@ -1,11 +1,15 @@
 """A dataset version as a corpus: what is read back is what was built, whatever else is built beside it."""
 
+import io
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipelines.build import build
 from pipelines.catalog import Catalog, DatasetVersion
@@ -102,3 +106,85 @@ def test_a_folder_that_is_no_version_is_one_error(linked: Path) -> None:
     (linked / "samples.parquet").write_bytes(b"PAR1")
     with pytest.raises(CorpusError, match="is the folder of a version"):
         list(read(corpus(linked)))
+
+
+# ------------------------------------------------------------------------------------------- ids of a list
+
+
+def photograph(seed: int) -> bytes:
+    sink = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((64, 48)).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+def tar(path: Path, images: dict[str, int]) -> None:
+    """A pair for each key; the image by its seed."""
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w") as file:
+        for key, seed in images.items():
+            for name, data in ((f"{key}.jpg", photograph(seed)), (f"{key}.txt", b"a dog")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+
+
+def pairs(root: Path, split: str = "train", **changed: object) -> CorpusConfig:
+    base = {"format": "webdataset", "annotations": "*.tar", "image_ids": "coco"}
+    return corpus(root, split, **(base | changed))
+
+
+def numbers(config: CorpusConfig) -> list[str]:
+    return [item.image_number for item in read(config) if isinstance(item, Row)]
+
+
+IDS = {
+    "000000000042": "coco 42",
+    "COCO_val2014_000000391895": "coco 391895",
+    "deep/7": "coco 7",
+    "2007_000032": "coco 2007_000032",
+    "aachen_000000_000019": "coco aachen_000000_000019",
+    "9" * 60: "coco " + "9" * 60,
+}
+
+
+def test_the_number_of_an_image_is_its_own_in_any_container(tmp_path: Path) -> None:
+    tar(tmp_path / "tars/00000.tar", dict.fromkeys(IDS, 1))
+    assert numbers(pairs(tmp_path / "tars")) == list(IDS.values())
+    assert set(numbers(pairs(tmp_path / "tars", image_ids=""))) == {""}
+    (tmp_path / "tables/images").mkdir(parents=True)
+    for name in ("40.v1", "COCO_train2014_000000000040"):
+        (tmp_path / f"tables/images/{name}.jpg").write_bytes(photograph(1))
+    lines = "images/40.v1.jpg\ta dog\nimages/COCO_train2014_000000000040.jpg\ta dog\n"
+    (tmp_path / "tables/t.tsv").write_text("image\tcaption\n" + lines)
+    table = {"format": "captions_table", "image_ids": "coco"}
+    assert numbers(corpus(tmp_path / "tables", annotations="t.tsv", **table)) == ["coco 40.v1", "coco 40"]
+    ids = pa.array([391895, 42])
+    for shown, expected in ((ids, ["coco 391895", "coco 42"]), (None, ["", ""])):
+        rows = pa.table({"image": [photograph(1)] * 2, "caption": [["a dog"]] * 2})
+        rows = rows if shown is None else rows.append_column("image_id", shown)
+        with pa.ipc.new_file(tmp_path / "tables/coco_caption_karpathy_train_0.arrow", rows.schema) as file:
+            file.write_table(rows)
+        assert numbers(corpus(tmp_path / "tables", annotations="*.arrow", **table)) == expected
+
+
+def test_a_version_knows_the_numbers_of_what_it_was_made_of(tmp_path: Path) -> None:
+    """Also a version of a version."""
+    tar(tmp_path / "tars/00000.tar", {key: seed for seed, key in enumerate(IDS)})
+    config, expected = pairs(tmp_path / "tars"), sorted(IDS.values())
+    for store in ("one", "two"):
+        catalog = Catalog(tmp_path / store, "d")
+        build([config], BuildConfig(num_workers=1), catalog)
+        config = corpus(folder(catalog.open()), image_ids="coco")
+        assert sorted(numbers(config)) == expected
+
+
+def test_leaks_by_number_are_found_in_tars_and_clean_images_stay(tmp_path: Path) -> None:
+    tar(tmp_path / "train/00000.tar", {f"{i:012d}": i for i in range(40, 46)})
+    tar(tmp_path / "val/00000.tar", {"000000000045": 100, "000000000046": 101})
+    catalog = Catalog(tmp_path / "store", "d")
+    splits = [pairs(tmp_path / "train"), pairs(tmp_path / "val", "val", name="held")]
+    report = build(splits, BuildConfig(num_workers=1, max_reject_share=1), catalog)
+    assert report.rejects == {"leakage": 1} and report.num_kept == 7
+    (gone,) = catalog.open().rejects.to_pylist()
+    assert gone["record"] == "image 00000.tar#000000000045" and "has its number" in gone["detail"]

@@ -22,7 +22,8 @@ from schemas.records import Reject, Source
 
 # how a reject names it; its image, as a path or found already, or why there is none; its caption
 Record = tuple[str, Any, Any]
-Found = tuple[str, str, str]  # place, image id, and the file below the root that holds it
+# place, image id, the file below the root that holds it, and its id in a column where it stands in a cell
+Found = tuple[str, str, str, tuple[str, ...]]
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
@@ -53,7 +54,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
 
 
 def _row(corpus: CorpusConfig, found: Found, captions: list[str]) -> Row:
-    place, image_id, file = found
+    place, image_id, file, ids = found
     return Row(
         corpus=corpus.name,
         split=corpus.split,
@@ -62,8 +63,8 @@ def _row(corpus: CorpusConfig, found: Found, captions: list[str]) -> Row:
         height=None,
         width=None,
         captions=tuple(captions),
-        # no ids: line numbers would change with every line inserted above
-        source=Source(corpus=corpus.name, files=(file,), licence=corpus.licence),
+        # line numbers are no ids: they would change with every line inserted above
+        source=Source(corpus=corpus.name, files=(file,), ids=ids, licence=corpus.licence),
     )
 
 
@@ -71,7 +72,7 @@ def _file(corpus: CorpusConfig, name: Any) -> Found:
     if not isinstance(name, str) or not name:
         raise Refusal("record", f"the image is {name!r:.80}, not a path")
     path, file = data_file(corpus, corpus.images, name, "no-image")
-    return path, file, file
+    return path, file, file, ()
 
 
 def _sentences(said: Any) -> list[str]:
@@ -189,8 +190,9 @@ def _rows(
             said = record.get(corpus.caption_column)
             if image:
                 known = record.get("image_id")
-                own = number if known is None else f"{known:.200}" if isinstance(known, str) else known
-                yield name, (places.cell(str(path), number, image), f"{file}#{own}", file), said
+                ids = () if known is None else (f"{known!s:.200}",)
+                own = ids[0] if ids else str(number)
+                yield name, (places.cell(str(path), number, image), f"{file}#{own}", file, ids), said
             else:
                 yield name, record.get(corpus.image_column), said
             number += 1

@@ -37,7 +37,8 @@ class Row:
 
     corpus, split   of the `CorpusConfig` it came from
     image_id        stable within the corpus, e.g. "397133"; a relative path where images have no number
-    image_number    the image in a list that several corpora share, e.g. "coco 397133"; empty without one
+    image_number    the image in a list that several corpora share, e.g. "coco 397133" or "voc 2007_000032";
+                    empty without one
     image_path      the place of the image (pipelines/places.py): an absolute path of an existing file under
                     the corpus root, or a tar member or a cell of a table in such a file
     height, width   pixels as the annotation file states them, None where it does not
