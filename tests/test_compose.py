@@ -1,9 +1,12 @@
 """A dataset version as a corpus: what is read back is what was built, whatever else is built beside it."""
 
+import hashlib
 import io
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -92,11 +95,9 @@ def test_a_lost_or_cut_shard_costs_its_samples_alone(linked: Path) -> None:
     assert any(isinstance(item, Row) for item in read(corpus(linked)))
 
 
-@pytest.mark.parametrize("name", ["../../../../etc/passwd", "/etc/passwd", "."])
+@pytest.mark.parametrize("name", ["../../../../etc/passwd", "/etc/passwd", ".", "a\0b"])
 def test_a_version_cannot_lead_out_of_its_shards(linked: Path, name: str) -> None:
-    table = pq.read_table(linked / "samples.parquet")
-    at = table.column_names.index("shard")
-    pq.write_table(table.set_column(at, "shard", [[name] * len(table)]), linked / "samples.parquet")
+    set_column(linked, "shard", lambda column: pa.array([name] * len(column)))
     assert reasons(linked) == ["path"]
 
 
@@ -106,6 +107,108 @@ def test_a_folder_that_is_no_version_is_one_error(linked: Path) -> None:
     (linked / "samples.parquet").write_bytes(b"PAR1")
     with pytest.raises(CorpusError, match="is the folder of a version"):
         list(read(corpus(linked)))
+
+
+def change(linked: Path, edit: Callable[[bytes], bytes], *, rehash: bool) -> int:
+    """Edit the bytes of the training samples, of unchanged length; with `rehash` as a forger would."""
+    table = pq.read_table(linked / "samples.parquet")
+    records, changed = table.to_pylist(), 0
+    for record in (r for r in records if r["split"] == "train"):
+        path = linked.parent.parent / "shards" / record["shard"]
+        whole, stop = path.read_bytes(), record["offset"] + record["size_bytes"]
+        edited = edit(whole[record["offset"] : stop])
+        if edited != whole[record["offset"] : stop]:
+            path.unlink()  # it is the demo's, too
+            path.write_bytes(whole[: record["offset"]] + edited + whole[stop:])
+            record["sha256"] = hashlib.sha256(edited).hexdigest()
+            changed += 1
+    if rehash:
+        pq.write_table(pa.Table.from_pylist(records, schema=table.schema), linked / "samples.parquet")
+    return changed
+
+
+@pytest.mark.parametrize("start", [b'"captions":["', b"\xff\xda", b"IDAT"])
+def test_a_flipped_bit_is_a_reject_and_never_carried_over(linked: Path, start: bytes) -> None:
+    def flip(data: bytes) -> bytes:
+        at = data.find(start) + len(start) + 2
+        return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] if start in data else data
+
+    changed = change(linked, flip, rehash=False)
+    found = [item for item in read(corpus(linked)) if isinstance(item, Reject)]
+    assert len(found) == changed > 0
+    assert {item.reason for item in found} == {"record"} and "datasets verify" in found[0].detail
+
+
+def blanked(match: re.Match[bytes]) -> bytes:
+    return match[1] + b" " * len(match[2])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "by", "reason"),
+    [
+        (rb'("counts":")[^"]*', lambda m: m[1] + b"1" * (len(m[0]) - len(m[1])), "segmentation"),
+        (rb'("counts":")[^"]*', lambda m: m[1] + b"o" * (len(m[0]) - len(m[1])), "segmentation"),
+        (rb'("sentences":\[")([^"]*)', blanked, "text"),
+        (rb'("captions":\[")([^"]*)', blanked, "text"),
+        (rb'("category":")[^"]', rb"\1#", "category"),
+        (rb'("id":)1', rb"\g<1>7", "segmentation"),
+        (rb'("height":)6', rb"\1-", "record"),
+    ],
+)
+def test_a_forged_description_is_distrusted_as_any_other(
+    linked: Path, pattern: bytes, by: Any, reason: str
+) -> None:
+    changed = change(linked, lambda data: re.sub(pattern, by, data, count=1), rehash=True)
+    found = [item for item in read(corpus(linked)) if isinstance(item, Reject)]
+    assert len(found) == changed > 0 and {item.reason for item in found} == {reason}
+
+
+def set_column(linked: Path, name: str, values: Any) -> None:
+    table = pq.read_table(linked / "samples.parquet")
+    at = table.column_names.index(name)
+    pq.write_table(table.set_column(at, name, [values(table[name])]), linked / "samples.parquet")
+
+
+@pytest.mark.parametrize("name", ["key", "split", "shard", "offset", "size_bytes", "sha256"])
+def test_a_table_of_samples_with_holes_is_rejects_and_of_other_types_one_error(
+    linked: Path, name: str
+) -> None:
+    set_column(linked, name, lambda column: pa.nulls(len(column), column.type))
+    found = list(read(corpus(linked, parts=("train", "val"))))
+    assert {item.reason for item in found if isinstance(item, Reject)} == {"record"} and f" {name}" in str(
+        found
+    )
+    assert not any(isinstance(item, Row) for item in found)
+    set_column(linked, name, lambda column: pa.array([1.5] * len(column)))
+    with pytest.raises(CorpusError, match=f"'{name}' is double.*is the folder of a version"):
+        list(read(corpus(linked)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("offset", -512, "record"),
+        ("offset", 2**62, "record"),
+        ("size_bytes", -1, "record"),
+        ("shard", "x" * 5000, "no-image"),
+    ],
+)
+def test_impossible_places_are_rejects(linked: Path, name: str, value: Any, reason: str) -> None:
+    set_column(linked, name, lambda column: pa.array([value] * len(column)))
+    assert reasons(linked) == [reason]
+
+
+def test_a_shard_that_comes_back_is_read_by_the_next_build(linked: Path, tmp_path: Path) -> None:
+    shard = next(linked.parent.parent.joinpath("shards").glob("train-image_text-*.tar"))
+    whole = shard.read_bytes()
+    shard.unlink()
+    catalog, config = Catalog(tmp_path / "store", "again"), BuildConfig(num_workers=1, max_reject_share=1)
+    first = build([corpus(linked)], config, catalog)
+    assert first.rejects == {"no-image": first.num_read - first.num_kept} != {"no-image": 0}
+    assert not build([corpus(linked)], config, catalog).new
+    shard.write_bytes(whole)
+    second = build([corpus(linked)], config, catalog)
+    assert second.new and second.rejects == {} and second.num_kept == first.num_read
 
 
 # ------------------------------------------------------------------------------------------- ids of a list
