@@ -1,6 +1,7 @@
 """Laws of the build: equal in, equal bytes; small changes stay small; in = kept + rejected; all or none."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import webdataset as wds
@@ -128,6 +131,37 @@ def test_one_changed_caption_rewrites_one_shard(world: tuple[CorpusConfig, ...],
     diff = catalog.diff(first.version, second.version)
     assert [(change.what, change.why) for change in diff.changes] == [("changed", "captions")]
     assert len(diff.shards_added) == len(diff.shards_removed) == 1
+
+
+def picture(seed: int) -> bytes:
+    sink = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((64, 48)).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_rows_of_a_table_with_images_have_no_order(tmp_path: Path, named: bool) -> None:
+    """Whether the images have names or not; also of an image that stands in it three times."""
+    said = [*((i, f"a {i}") for i in range(32)), (5, "again"), (5, "and again")]
+    rows = [
+        {"image": {"bytes": picture(i), "path": f"{i}.jpg" if named else None}, "caption": caption}
+        for i, caption in said
+    ]
+    corpus = CorpusConfig(
+        name="c", format="captions_table", split="train", root=str(tmp_path / "t"), annotations="t.parquet"
+    )
+    (tmp_path / "t").mkdir()
+    catalog, found = Catalog(tmp_path / "store", "d"), []
+    for table in (rows, random.Random(1).sample(rows, len(rows)), rows[::-1], rows[1:]):
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / "t/t.parquet")
+        found.append(build([corpus], CONFIG, catalog))
+    first, *shuffled, less = found
+    assert [(one.version, one.shards_written) for one in shuffled] == [(first.version, 0)] * 2
+    assert first.num_samples == 32 and less.num_samples == 31 and less.shards_written <= 1
+    diff = catalog.diff(first.version, less.version)
+    assert [change.what for change in diff.changes] == ["removed"]
+    assert named == ("c-t_parquet_7_jpg" in " ".join(catalog.open().samples["key"].to_pylist()))
 
 
 def test_a_damaged_shard_is_repaired_by_a_rebuild(

@@ -3,12 +3,14 @@
 CC3M, CC12M and SBU in the forms people keep them, Hugging Face's Parquet files, and the ViLT layout of the
 original X-Decoder (Arrow with `image` bytes and a list of texts as `caption`). `annotations` is one file or a
 pattern; the columns are `image_column` and `caption_column` ("image.bytes" leads into a struct), others are
-ignored. Texts are UTF-8; a TSV has no quoting, a CSV has RFC 4180's. Settings used: `images`, `annotations`,
-`image_column`, `caption_column`.
+ignored. What an image in a cell is called: its `image_id`, else the `path` beside its bytes, else what its
+bytes are, because rows move when others come and go. Texts are UTF-8; a TSV has no quoting, a CSV has RFC
+4180's. Settings used: `images`, `annotations`, `image_column`, `caption_column`.
 """
 
 import csv
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,17 @@ from schemas.records import Reject, Source
 
 # how a reject names it; its image, as a path or found already, or why there is none; its caption
 Record = tuple[str, Any, Any]
-# place, image id, the file below the root that holds it, and its id in a column where it stands in a cell
-Found = tuple[str, str, str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """An image. `file` is what holds it, below the root; `ids` what a column calls one in a cell."""
+
+    place: str
+    file: str
+    image_id: str
+    ids: tuple[str, ...] = ()
+    unnamed: bool = False
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
@@ -34,7 +45,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         raise CorpusError(
             f"corpus {corpus.name!r} (captions_table): set `annotations` to a file or a pattern"
         )
-    captions: dict[Found, list[str]] = {}
+    captions: dict[_Found, list[str]] = {}
     for path in matching(corpus, corpus.annotations):
         if path.suffix not in KINDS:
             raise CorpusError(f"{path}: a table ends in one of {', '.join(KINDS)}")
@@ -43,7 +54,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 if isinstance(image, Refusal):
                     raise image
                 sentences = [text(sentence) for sentence in _sentences(said)]
-                if isinstance(image, tuple):
+                if isinstance(image, _Found):
                     yield _row(corpus, image, sentences)
                 else:
                     captions.setdefault(_file(corpus, image), []).extend(sentences)
@@ -53,26 +64,26 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         yield _row(corpus, found, sentences)
 
 
-def _row(corpus: CorpusConfig, found: Found, captions: list[str]) -> Row:
-    place, image_id, file, ids = found
+def _row(corpus: CorpusConfig, found: _Found, captions: list[str]) -> Row:
     return Row(
         corpus=corpus.name,
         split=corpus.split,
-        image_id=image_id,
-        image_path=place,
+        image_id=found.image_id,
+        image_path=found.place,
         height=None,
         width=None,
         captions=tuple(captions),
         # line numbers are no ids: they would change with every line inserted above
-        source=Source(corpus=corpus.name, files=(file,), ids=ids, licence=corpus.licence),
+        source=Source(corpus=corpus.name, files=(found.file,), ids=found.ids, licence=corpus.licence),
+        unnamed=found.unnamed,
     )
 
 
-def _file(corpus: CorpusConfig, name: Any) -> Found:
+def _file(corpus: CorpusConfig, name: Any) -> _Found:
     if not isinstance(name, str) or not name:
         raise Refusal("record", f"the image is {name!r:.80}, not a path")
     path, file = data_file(corpus, corpus.images, name, "no-image")
-    return path, file, file, ()
+    return _Found(place=path, file=file, image_id=file)
 
 
 def _sentences(said: Any) -> list[str]:
@@ -133,8 +144,7 @@ def _parquet(corpus: CorpusConfig, path: Path) -> Iterator[Record]:
     try:
         file = places.open_parquet(str(path))
         image, columns = _columns(corpus, path, file.schema_arrow)
-        batches = file.iter_batches(columns=columns)
-        yield from _rows(corpus, path, image, batches)
+        yield from _rows(corpus, path, image, columns, file.iter_batches(columns=columns))
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{path}: cannot be read to its end: {error!s:.300}; is it whole?") from None
 
@@ -145,7 +155,8 @@ def _arrow(corpus: CorpusConfig, path: Path) -> Iterator[Record]:
     except OSError as error:
         raise CorpusError(f"{error}; is it whole?") from None
     image, columns = _columns(corpus, path, table.schema)
-    yield from _rows(corpus, path, image, iter(table.select(columns).to_batches()))
+    outer = table.select(list(dict.fromkeys(column.partition(".")[0] for column in columns)))
+    yield from _rows(corpus, path, image, columns, iter(outer.to_batches()))
 
 
 def _columns(corpus: CorpusConfig, path: Path, schema: pa.Schema) -> tuple[str, list[str]]:
@@ -160,9 +171,15 @@ def _columns(corpus: CorpusConfig, path: Path, schema: pa.Schema) -> tuple[str, 
     if pa.types.is_struct(kind) and _type(schema, f"{image}.bytes") is not None:
         image = f"{image}.bytes"  # as Hugging Face stores images
         kind = _type(schema, image)
-    named = [caption, *(name for name in ("image_id",) if name in schema.names)]
     binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    return (image, named) if binary else ("", [image, *named])
+    own = [column for column in ("image_id", _beside(image)) if _type(schema, column) is not None]
+    return (image, [caption, *own]) if binary else ("", [image, caption])
+
+
+def _beside(image: str) -> str:
+    """Where Hugging Face says what the file of the bytes was called."""
+    struct, _, _ = image.rpartition(".")
+    return f"{struct}.path" if struct else ""
 
 
 def _type(schema: pa.Schema, column: str) -> pa.DataType | None:
@@ -179,33 +196,38 @@ def _type(schema: pa.Schema, column: str) -> pa.DataType | None:
 
 
 def _rows(
-    corpus: CorpusConfig, path: Path, image: str, batches: Iterator[pa.RecordBatch]
+    corpus: CorpusConfig, path: Path, image: str, columns: list[str], batches: Iterator[pa.RecordBatch]
 ) -> Iterator[Record]:
     """`image` is the column whose cells are the places; empty where paths stand in `image_column`."""
     file = path.relative_to(Path(corpus.root).resolve()).as_posix()
     number = 0
     for batch in batches:
-        for record in _listed(batch):
-            name = f"{path.name} row {number}"
-            said = record.get(corpus.caption_column)
+        table = pa.Table.from_batches([batch])
+        for record in _listed(pa.table({name: places.column_of(table, name) for name in columns})):
+            name, said = f"{path.name} row {number}", record[corpus.caption_column]
             if image:
-                known = record.get("image_id")
-                ids = () if known is None else (f"{known!s:.200}",)
-                own = ids[0] if ids else str(number)
-                yield name, (places.cell(str(path), number, image), f"{file}#{own}", file, ids), said
+                place = places.cell(str(path), number, image)
+                yield name, _in_cell(place, file, number, [record[column] for column in columns[1:]]), said
             else:
-                yield name, record.get(corpus.image_column), said
+                yield name, record[corpus.image_column], said
             number += 1
 
 
-def _listed(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+def _in_cell(place: str, file: str, number: int, known: list[Any]) -> _Found:
+    """Called by the first of what is known of it."""
+    ids = tuple(str(own)[-200:] for own in known if own not in (None, ""))[:1]
+    own = ids[0] if ids else number
+    return _Found(place=place, file=file, image_id=f"{file}#{own}", ids=ids, unnamed=not ids)
+
+
+def _listed(batch: pa.Table) -> list[dict[str, Any]]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:  # Parquet promises UTF-8 and does not check it
         return [_record(batch, i) for i in range(len(batch))]
 
 
-def _record(batch: pa.RecordBatch, row: int) -> dict[str, Any]:
+def _record(batch: pa.Table, row: int) -> dict[str, Any]:
     try:
         return batch.slice(row, 1).to_pylist()[0]
     except UnicodeDecodeError:

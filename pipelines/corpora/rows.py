@@ -39,6 +39,7 @@ class Row:
     image_id        stable within the corpus, e.g. "397133"; a relative path where images have no number
     image_number    the image in a list that several corpora share, e.g. "coco 397133" or "voc 2007_000032";
                     empty without one
+    unnamed         `image_id` is a row's number, which moves; the build puts a hash of the bytes in its place
     image_path      the place of the image (pipelines/places.py): an absolute path of an existing file under
                     the corpus root, or a tar member or a cell of a table in such a file
     height, width   pixels as the annotation file states them, None where it does not
@@ -66,6 +67,7 @@ class Row:
     source: Source
     origins: tuple[Source, ...] = ()
     image_number: str = ""
+    unnamed: bool = False
 
 
 def refuse(corpus: CorpusConfig, record: str, refusal: Refusal) -> Reject:
