@@ -15,8 +15,8 @@ from pipelines.curate import reject
 from schemas.jobs import CaptionRules, CurateConfig, LicenceRules
 from schemas.records import Reject
 
-# Refused because somebody asked for it, so no sign of a broken corpus; near-duplicate is of grouping.py.
-CHOSEN = ("licence", "near-duplicate", *get_args(captions.Asked))
+# Refused because somebody asked for it, or for another image's sake (grouping.py): no sign of broken data.
+CHOSEN = ("licence", "near-duplicate", "leakage", "duplicate-labels", *get_args(captions.Asked))
 
 
 def screen(

@@ -444,7 +444,9 @@ class BuildConfig(Settings):
     shard_samples: Positive = 500
     shard_mb: Positive = 256
     max_reject_share: Fraction = Field(
-        default=0.05, description="above it the build stops and publishes nothing"
+        default=0.05,
+        description="of faulty images, or of faulty annotations of images that stay; above it the build "
+        "stops and publishes nothing",
     )
     max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected unread")
     curate: CurateConfig = CurateConfig()

@@ -379,6 +379,52 @@ def test_too_many_rejects_publish_nothing_and_say_why(
     assert build([corpus], lenient, catalog).rejects == {"corrupt": 3}
 
 
+def test_regions_are_compared_with_regions_and_images_with_images(tmp_path: Path) -> None:
+    """Both of one corpus of 4 images with 10 regions each."""
+    root = tmp_path / "vg"
+    (root / "VG_100K").mkdir(parents=True)
+    for i in range(1, 5):
+        (root / f"VG_100K/{i}.jpg").write_bytes(picture(i))
+    corpus = CorpusConfig(
+        name="vg", format="visual_genome", split="train", root=str(root), annotations="regions.json"
+    )
+
+    def outcome(num_bad: int) -> BuildReport:
+        said = ["" if i < num_bad else f"a dog {i}" for i in range(40)]
+        regions = [{"region_id": i, "phrase": phrase} for i, phrase in enumerate(said)]
+        images = [{"id": i + 1, "regions": regions[10 * i : 10 * i + 10]} for i in range(4)]
+        (root / "regions.json").write_text(json.dumps(images))
+        return build([corpus], CONFIG, Catalog(tmp_path / "store", "d"))
+
+    assert outcome(2).rejects == {"text": 2}
+    with pytest.raises(BuildError, match=r"(?s)^3 of 40 annotations were rejected, .* region 0 of image 1"):
+        outcome(3)
+    (root / "VG_100K/1.jpg").unlink()
+    with pytest.raises(BuildError, match=r"^1 of 4 images were rejected"):
+        outcome(0)
+
+
+def test_leaks_however_many_are_no_fault_of_their_corpus(tmp_path: Path) -> None:
+    for i in range(10):
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / f"c/{i}.jpg").write_bytes(picture(i))
+    corpora = []
+    for split, count in (("train", 10), ("val", 6)):
+        lines = "".join(f"{i}.jpg\ta dog\n" for i in range(count))
+        (tmp_path / f"c/{split}.tsv").write_text("image\tcaption\n" + lines)
+        corpora.append(
+            CorpusConfig(
+                name="c",
+                format="captions_table",
+                split=split,  # type: ignore[arg-type]
+                root=str(tmp_path / "c"),
+                annotations=f"{split}.tsv",
+            )
+        )
+    report = build(corpora, CONFIG, Catalog(tmp_path / "store", "d"))
+    assert report.rejects == {"leakage": 6} and report.num_kept == 10
+
+
 def test_a_corpus_of_which_nothing_is_left_stops_the_build(
     world: tuple[CorpusConfig, ...], tmp_path: Path
 ) -> None:

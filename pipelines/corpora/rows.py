@@ -15,6 +15,9 @@ Reason = Literal[
     "record", "path", "no-image", "no-labels", "category", "segmentation", "text", "duplicate-id"
 ]
 
+# What the `record` of a reject begins with where it is something said of an image, which stays.
+PARTS = ("annotation", "caption", "object", "question", "ref", "region")
+
 MAX_DETAIL = 500  # characters; chosen by us, so that a record cannot fill the table of rejects with itself
 
 
@@ -71,7 +74,10 @@ class Row:
 
 
 def refuse(corpus: CorpusConfig, record: str, refusal: Refusal) -> Reject:
-    """The row of the rejects table for a refused record; `record` says which, e.g. "image 397133"."""
+    """The row of the rejects table for a refused record.
+
+    record    which one, e.g. "image 397133"; begins with one of `PARTS` where its image may stay
+    """
     return Reject(
         corpus=corpus.name,
         record=record,
