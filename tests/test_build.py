@@ -433,6 +433,20 @@ def test_a_corpus_of_which_nothing_is_left_stops_the_build(
         build([pick(world, "coco_panoptic")], tiny, Catalog(tmp_path, "demo"))
 
 
+def test_of_two_corpora_with_maps_of_the_same_images_the_first_decides(
+    world: tuple[CorpusConfig, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scenes = pick(world, "coco_panoptic")
+    other = scenes.model_copy(update={"name": "other"})
+    for first, second in ((scenes, other), (other, scenes)):
+        catalog = Catalog(tmp_path / first.name, "d")
+        report = build([first, second], CONFIG, catalog)
+        assert report.rejects == {"duplicate-labels": 24} and report.num_kept == 24
+        samples = read_samples(catalog.open(), split="train", stream="segmentation")
+        assert {sample.meta.taxonomy for sample in samples} == {first.name}
+        assert f"nothing of {second.name} (train) was kept" in caplog.text
+
+
 def test_an_unreadable_corpus_is_one_error_and_leaves_nothing(
     world: tuple[CorpusConfig, ...], tmp_path: Path
 ) -> None:
