@@ -358,7 +358,7 @@ class CorpusConfig(Settings):
     )
     image_column: str = Field(default="image", description="captions_table: path, or bytes, of the image")
     caption_column: str = Field(default="caption", description="captions_table; webdataset: key in the JSON")
-    licence: str = ""
+    licence: str = Field(default="", description="of all its images, whatever its files state of them")
     image_ids: Name | Literal[""] = Field(
         default="",
         description="whose ids the images have, e.g. coco: one id in two corpora is one image; 42, "
@@ -419,7 +419,7 @@ class CaptionRules(Settings):
 class LicenceRules(Settings):
     """Which licences are kept, as patterns of the licence's name or address: "CC BY*", "*/by-nc*".
 
-    Case does not matter.
+    Each is tried on both, as far as a corpus states them. Case does not matter.
     """
 
     allow: tuple[str, ...] = Field(default=(), description="empty allows all")

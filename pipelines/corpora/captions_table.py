@@ -3,27 +3,29 @@
 CC3M, CC12M and SBU in the forms people keep them, Hugging Face's Parquet files, and the ViLT layout of the
 original X-Decoder (Arrow with `image` bytes and a list of texts as `caption`). `annotations` is one file or a
 pattern; the columns are `image_column` and `caption_column` ("image.bytes" leads into a struct), others are
-ignored. What an image in a cell is called: its `image_id`, else the `path` beside its bytes, else what its
-bytes are, because rows move when others come and go. Texts are UTF-8; a TSV has no quoting, a CSV has RFC
-4180's. Settings used: `images`, `annotations`, `image_column`, `caption_column`.
+ignored, but for `licence` or `license`. What an image in a cell is called: its `image_id`, else the `path`
+beside its bytes, else what its bytes are, because rows move when others come and go. Texts are UTF-8; a TSV
+has no quoting, a CSV has RFC 4180's. Settings used: `images`, `annotations`, `image_column`,
+`caption_column`.
 """
 
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines import places
+from pipelines.corpora import licences
 from pipelines.corpora.files import data_file, matching, text
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
 
-# how a reject names it; its image, as a path or found already, or why there is none; its caption
-Record = tuple[str, Any, Any]
+# how a reject names it; its image, as a path or found already, or why there is none; its caption; its licence
+Record = tuple[str, Any, Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class _Found:
     image_id: str
     ids: tuple[str, ...] = ()
     unnamed: bool = False
+    licence: str = ""
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
@@ -49,15 +52,16 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     for path in matching(corpus, corpus.annotations):
         if path.suffix not in KINDS:
             raise CorpusError(f"{path}: a table ends in one of {', '.join(KINDS)}")
-        for name, image, said in KINDS[path.suffix](corpus, path):
+        for name, image, said, stated in KINDS[path.suffix](corpus, path):
             try:
                 if isinstance(image, Refusal):
                     raise image
                 sentences = [text(sentence) for sentence in _sentences(said)]
+                licence = licences.of_image(corpus, stated)
                 if isinstance(image, _Found):
-                    yield _row(corpus, image, sentences)
+                    yield _row(corpus, replace(image, licence=licence), sentences)
                 else:
-                    captions.setdefault(_file(corpus, image), []).extend(sentences)
+                    captions.setdefault(_file(corpus, image, licence), []).extend(sentences)
             except Refusal as refusal:
                 yield refuse(corpus, name, refusal)
     for found, sentences in captions.items():
@@ -74,16 +78,16 @@ def _row(corpus: CorpusConfig, found: _Found, captions: list[str]) -> Row:
         width=None,
         captions=tuple(captions),
         # line numbers are no ids: they would change with every line inserted above
-        source=Source(corpus=corpus.name, files=(found.file,), ids=found.ids, licence=corpus.licence),
+        source=Source(corpus=corpus.name, files=(found.file,), ids=found.ids, licence=found.licence),
         unnamed=found.unnamed,
     )
 
 
-def _file(corpus: CorpusConfig, name: Any) -> _Found:
+def _file(corpus: CorpusConfig, name: Any, licence: str) -> _Found:
     if not isinstance(name, str) or not name:
         raise Refusal("record", f"the image is {name!r:.80}, not a path")
     path, file = data_file(corpus, corpus.images, name, "no-image")
-    return _Found(place=path, file=file, image_id=file)
+    return _Found(place=path, file=file, image_id=file, licence=licence)
 
 
 def _sentences(said: Any) -> list[str]:
@@ -130,14 +134,15 @@ def _delimited(corpus: CorpusConfig, path: Path, lines: Iterator[tuple[int, list
             f"`caption_column`); it is {ascii(header):.120}"
         )
     at = [header.index(column) for column in wanted]
+    named = [header.index(column) for column in licences.COLUMNS if column in header][:1]
     for number, cells in lines:
         if cells in ([], [""]):
             continue
         name = f"{path.name} line {number}"
         if len(cells) != len(header):
-            yield name, Refusal("record", f"{len(cells)} cells, the header has {len(header)}"), None
+            yield name, Refusal("record", f"{len(cells)} cells, the header has {len(header)}"), None, None
         else:
-            yield name, cells[at[0]], cells[at[1]]
+            yield name, cells[at[0]], cells[at[1]], "".join(cells[i] for i in named)
 
 
 def _parquet(corpus: CorpusConfig, path: Path) -> Iterator[Record]:
@@ -172,14 +177,13 @@ def _columns(corpus: CorpusConfig, path: Path, schema: pa.Schema) -> tuple[str, 
         image = f"{image}.bytes"  # as Hugging Face stores images
         kind = _type(schema, image)
     binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    own = [column for column in ("image_id", _beside(image)) if _type(schema, column) is not None]
-    return (image, [caption, *own]) if binary else ("", [image, caption])
+    others = [name for name in (*_names(image), *licences.COLUMNS) if _type(schema, name) is not None]
+    return (image, [caption, *others]) if binary else ("", [image, caption, *others])
 
 
-def _beside(image: str) -> str:
-    """Where Hugging Face says what the file of the bytes was called."""
-    struct, _, _ = image.rpartition(".")
-    return f"{struct}.path" if struct else ""
+def _names(image: str) -> tuple[str, str]:
+    """Columns that say what an image is called; the second is Hugging Face's, beside its bytes."""
+    return "image_id", f"{image.rpartition('.')[0]}.path"
 
 
 def _type(schema: pa.Schema, column: str) -> pa.DataType | None:
@@ -204,12 +208,12 @@ def _rows(
     for batch in batches:
         table = pa.Table.from_batches([batch])
         for record in _listed(pa.table({name: places.column_of(table, name) for name in columns})):
-            name, said = f"{path.name} row {number}", record[corpus.caption_column]
+            found = record.get(corpus.image_column)
             if image:
                 place = places.cell(str(path), number, image)
-                yield name, _in_cell(place, file, number, [record[column] for column in columns[1:]]), said
-            else:
-                yield name, record[corpus.image_column], said
+                found = _in_cell(place, file, number, [record.get(column) for column in _names(image)])
+            said = record[corpus.caption_column]
+            yield f"{path.name} row {number}", found, said, licences.stated(record)
             number += 1
 
 

@@ -1,9 +1,9 @@
 """Tars of images and texts: the output of img2dataset, and any other WebDataset. Read in place, not unpacked.
 
 Members of one key, the path up to the first dot of its name, are one sample: an image (.jpg, .jpeg, .png), a
-caption (.txt), and a JSON object whose `caption_column` may hold a caption or several. Settings used:
-`annotations` (a pattern such as `*.tar`), `caption_column`. Compressed tars cannot be read at a place:
-decompress them first.
+caption (.txt), and a JSON object whose `caption_column` may hold a caption or several, and `license` or
+`licence` a licence. Settings used: `annotations` (a pattern such as `*.tar`), `caption_column`. Compressed
+tars cannot be read at a place: decompress them first.
 """
 
 import json
@@ -11,8 +11,10 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipelines import places
+from pipelines.corpora import licences
 from pipelines.corpora.files import IMAGES, matching, text
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
@@ -116,7 +118,9 @@ def _row(corpus: CorpusConfig, path: Path, file: str, sample: _Sample) -> Row:
         raise Refusal(
             "no-image", f"{len(images)} images (.jpg, .jpeg, .png) among {sorted(sample.members)!a:.200}"
         )
-    captions = (*_txt(path, sample), *_json(path, sample, corpus.caption_column))
+    said = _json(path, sample)
+    captions = (*_txt(path, sample), *_captions(said, corpus.caption_column))
+    licence = licences.of_image(corpus, licences.stated(said))
     return Row(
         corpus=corpus.name,
         split=corpus.split,
@@ -125,7 +129,7 @@ def _row(corpus: CorpusConfig, path: Path, file: str, sample: _Sample) -> Row:
         height=None,
         width=None,
         captions=tuple(dict.fromkeys(text(caption) for caption in captions)),
-        source=Source(corpus=corpus.name, files=(file,), ids=(sample.key,), licence=corpus.licence),
+        source=Source(corpus=corpus.name, files=(file,), ids=(sample.key,), licence=licence),
     )
 
 
@@ -134,15 +138,19 @@ def _txt(path: Path, sample: _Sample) -> tuple[str, ...]:
     return () if data is None else (data.decode("utf-8", errors="surrogateescape"),)
 
 
-def _json(path: Path, sample: _Sample, key: str) -> tuple[str, ...]:
+def _json(path: Path, sample: _Sample) -> dict[str, Any]:
     data = _text_bytes(path, sample, "json")
     if data is None:
-        return ()
+        return {}
     try:
         said = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise Refusal("record", f"its .json is malformed: {error!s:.200}") from None
-    said = said.get(key) if isinstance(said, dict) else None
+    return said if isinstance(said, dict) else {}
+
+
+def _captions(record: dict[str, Any], key: str) -> tuple[str, ...]:
+    said = record.get(key)
     captions = said if isinstance(said, list) else [] if said is None else [said]
     if not all(isinstance(caption, str) for caption in captions):
         raise Refusal("record", f"{key!r} of its .json is {said!r:.80}, not a text or a list of texts")
