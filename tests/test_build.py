@@ -83,6 +83,8 @@ def shuffle(corpus: CorpusConfig, chance: random.Random) -> None:
             document = json.loads((Path(corpus.root) / name).read_text())
             for section in {"images", "annotations", "questions"} & document.keys():
                 chance.shuffle(document[section])
+            for annotation in document.get("annotations", []):
+                chance.shuffle(annotation.get("segments_info", []))
             (Path(corpus.root) / name).write_text(json.dumps(document))
 
 

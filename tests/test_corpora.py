@@ -250,6 +250,15 @@ def test_panoptic_keeps_ids_categories_and_licence(root: Path) -> None:
     assert row.source.files == ("images/1.jpg", "labels/1.png")
 
 
+def test_the_order_of_the_segments_of_an_image_is_nothing(root: Path) -> None:
+    document = panoptic()
+    straight = both(corpus(root, "coco_panoptic"))
+    for annotation in document["annotations"]:
+        annotation["segments_info"].reverse()
+    write(root, "panoptic.json", document)
+    assert both(corpus(root, "coco_panoptic")) == straight
+
+
 @pytest.mark.parametrize(
     ("described", "expected"),
     [
