@@ -282,6 +282,18 @@ def test_a_version_knows_the_numbers_of_what_it_was_made_of(tmp_path: Path) -> N
         assert sorted(numbers(config)) == expected
 
 
+def test_a_frame_of_cityscapes_keeps_its_id_in_a_version(tmp_path: Path) -> None:
+    for folder_, end, pixels in (("left", "leftImg8bit", 99), ("fine", "gtFine_instanceIds", 7)):
+        path = tmp_path / f"city/{folder_}/aachen/aachen_000000_000019_{end}.png"
+        path.parent.mkdir(parents=True)
+        Image.new("L", (8, 8), pixels).save(path)
+    settings = {"format": "cityscapes", "images": "left", "labels": "fine", "image_ids": "city"}
+    raw, catalog = corpus(tmp_path / "city", **settings), Catalog(tmp_path / "store", "d")
+    build([raw], BuildConfig(num_workers=1), catalog)
+    made = corpus(folder(catalog.open()), image_ids="city")
+    assert numbers(raw) == numbers(made) == ["city aachen_000000_000019"]
+
+
 def test_leaks_by_number_are_found_in_tars_and_clean_images_stay(tmp_path: Path) -> None:
     tar(tmp_path / "train/00000.tar", {f"{i:012d}": i for i in range(40, 46)})
     tar(tmp_path / "val/00000.tar", {"000000000045": 100, "000000000046": 101})

@@ -86,7 +86,7 @@ def _number(corpus: CorpusConfig, row: Row) -> str:
     2007_000032, is taken whole.
     """
     own = _own_id(row) if corpus.image_ids else ""
-    name = own.rpartition("/")[2]
+    name = own.rpartition("/")[2].removesuffix(cityscapes.IMAGE)
     stem = name.rpartition(".")[0] if name.lower().endswith(IMAGES) else name
     number = _COCO_NUMBER.fullmatch(stem)
     return stem and f"{corpus.image_ids} {number[1] if number else stem}"
