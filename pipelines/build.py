@@ -24,7 +24,15 @@ from pipelines.catalog import Catalog, DatasetVersion, content_id
 from pipelines.checking import CheckOrder, CheckReport, check
 from pipelines.curate import name, reject
 from pipelines.facts import forget_others, inspection_digest
-from pipelines.grouping import REASONS, Groups, LightRows, StoredThumbnails, group, light_rows
+from pipelines.grouping import (
+    DUPLICATE_LABELS,
+    REASONS,
+    Groups,
+    LightRows,
+    StoredThumbnails,
+    group,
+    light_rows,
+)
 from pipelines.joining import JoinOrder, JoinReport, join
 from pipelines.mirror import mirrored
 from pipelines.parallel import WorkerError, each
@@ -34,7 +42,6 @@ from pipelines.spool import gather, mapped, prefixes, save
 from pipelines.storing import Shelf, manifest_table, samples_table
 from pipelines.unchanged import Memory, recall
 from schemas.jobs import BuildConfig, CorpusConfig
-from schemas.masks import Array
 from schemas.records import REJECTS
 
 log = logging.getLogger(__name__)
@@ -118,8 +125,9 @@ class _Steps:
         )
         rejects = self._rejects(rows, groups)
         num_read = sum(report.num_rows + report.num_rejects for report in harvests)
-        self._check_all_gave(rows.corpus[groups.members], rejects)
-        check_balance(num_read, len(groups.members), rejects, self.config.max_reject_share)
+        self._check_all_gave(rows, groups, rejects)
+        num_said = sum(report.num_said for report in harvests)
+        check_balance(num_read, len(groups.members), num_said, rejects, self.config.max_reject_share)
         joined = self._join(rows, groups, len(checks))
         samples, planned = self._plan(len(checks))
         shelf = Shelf(folder=self.catalog.shards_root, stamps=self.catalog.cache / "shards.json")
@@ -199,10 +207,24 @@ class _Steps:
             detail = detail.format(name(ROW.validate_json(other)))
             yield reject(ROW.validate_json(one), reason, detail).model_dump()
 
-    def _check_all_gave(self, kept: Array, rejects: pa.Table) -> None:
-        """Every corpus gave something."""
-        gave = {(self.corpora[i].name, self.corpora[i].split) for i in np.unique(kept).tolist()}
-        barren = [f"{c.name} ({c.split})" for c in self.corpora if (c.name, c.split) not in gave]
+    def _check_all_gave(self, rows: LightRows, groups: Groups, rejects: pa.Table) -> None:
+        """Every corpus gave something, or could have, had it been named before others."""
+        second = groups.refused[groups.why == DUPLICATE_LABELS]
+        gave, mapped_before = (
+            {(self.corpora[i].name, self.corpora[i].split) for i in np.unique(rows.corpus[chosen]).tolist()}
+            for chosen in (groups.members, second)
+        )
+        barren = []
+        for corpus in self.corpora:
+            named = f"{corpus.name} ({corpus.split})"
+            if (corpus.name, corpus.split) in mapped_before - gave:
+                log.warning(
+                    "nothing of %s was kept: an image has one label map, and corpora named before it have "
+                    "one of each of its images; name it before them, or leave it out",
+                    named,
+                )
+            elif (corpus.name, corpus.split) not in gave:
+                barren.append(named)
         if barren:
             raise BuildError(
                 f"nothing of {', '.join(barren)} could be kept; nothing was published:{examples(rejects)}"

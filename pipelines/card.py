@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.catalog import Counts, DatasetCard
+from pipelines.corpora.rows import PARTS
 from pipelines.joining import JoinReport
 from pipelines.reading import Harvest
 from pipelines.screening import CHOSEN
@@ -67,16 +68,31 @@ def by_reason(rejects: pa.Table) -> dict[str, int]:
     return {row["values"]: row["counts"] for row in sorted(counted, key=lambda row: row["values"])}
 
 
-def check_balance(num_read: int, num_kept: int, rejects: pa.Table, limit: float) -> None:
-    """Every row read is kept or rejected, and not too many are, beside those that the settings ask to reject.
+def check_balance(num_read: int, num_kept: int, num_said: int, rejects: pa.Table, limit: float) -> None:
+    """Every row read is kept or rejected, and not too many are faulty: of images, or of annotations.
 
+    An image that loses one of its fifty regions is no lost image: what rows lose is compared with all that
+    rows say. Of neither counts what the settings ask to reject, and what is refused for another image's sake.
+
+    num_said    annotations of the rows that were read, beside those that are rejects themselves
     Raises `BuildError`.
     """
     assert num_read == num_kept + len(rejects), (num_read, num_kept, len(rejects))
-    faulty = sum(count for reason, count in by_reason(rejects).items() if reason not in CHOSEN)
-    if faulty > limit * num_read:
-        share = f"{faulty} of {num_read} records were rejected, more than max_reject_share {limit:g}"
-        raise BuildError(f"{share}; mend the corpora or raise it; nothing was published:{examples(rejects)}")
+    of_rows = pc.or_(
+        pc.match_substring_regex(rejects["record"], f"^({'|'.join(PARTS)}) "),
+        pc.starts_with(rejects["reason"], "caption-"),
+    )
+    lost, parts = rejects.filter(pc.invert(of_rows)), rejects.filter(of_rows)
+    for what, found, total in (
+        ("images", lost, num_read - len(parts)),
+        ("annotations", parts, num_said + len(parts)),
+    ):
+        faulty = sum(count for reason, count in by_reason(found).items() if reason not in CHOSEN)
+        if faulty > limit * total:
+            share = f"{faulty} of {total} {what} were rejected, more than max_reject_share {limit:g}"
+            raise BuildError(
+                f"{share}; mend the corpora or raise it; nothing was published:{examples(rejects)}"
+            )
 
 
 def examples(rejects: pa.Table) -> str:

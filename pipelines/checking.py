@@ -14,7 +14,7 @@ from pipelines.corpora.rows import Row
 from pipelines.curate import files_of, judge, sample_key
 from pipelines.facts import Files, Known
 from pipelines.inspection import Facts
-from pipelines.reading import Rows
+from pipelines.reading import ROW, Rows
 from pipelines.spool import CHECKED, hash64, mapped, save, within
 from schemas.records import REJECTS, Record, Reject
 
@@ -53,6 +53,10 @@ def check(order: CheckOrder) -> CheckReport:
             if isinstance(judged, Reject):
                 refused.append(judged.model_dump())
                 continue
+            if row.unnamed:
+                own = known.files["image", row.image_path].sha256[:32]
+                row = replace(row, image_id=f"{row.source.files[0]}#{own}", unnamed=False)
+                document = ROW.dump_json(row, exclude={"rule"})
             place = ""
             if runs is not None:  # made now: decoding the label map again would cost more than all else
                 data = labels.index_map(runs, [segment.id for segment in judged])
@@ -97,7 +101,7 @@ def decided_by(corpus: int, rule: int, row: Row, document: bytes, files: Files) 
         "look": image.hash,
         "worth": 0 if row.labels_path is not None else 1 if row.referring else 2,
         "pixels": image.height * image.width,
-        "tie": hash64(document),
+        "tie": hash64(ROW.dump_json(row, exclude={"rule", "image_path"})),  # what is said, not where it lies
         "labelled": row.labels_path is not None,
         "key": sample_key(row.corpus, row.image_id),
         "thumbnail": image.thumbnail,

@@ -98,7 +98,7 @@ def _cell(place: str, path: str, row: int, column: str) -> bytes:
         group, first = _row_group(path, mtime_ns, row)
         values, row = _group_column(path, mtime_ns, group, column), row - first
     else:
-        values = _field(_arrow(path, mtime_ns), column)
+        values = column_of(_arrow(path, mtime_ns), column)
     value = values[row].as_py() if values is not None and 0 <= row < len(values) else None
     if not isinstance(value, bytes):
         raise PlaceError(f"{place}: there are no bytes in this cell")
@@ -137,12 +137,12 @@ def _group_column(path: str, mtime_ns: int, group: int, column: str) -> pa.Chunk
     if sum(c.total_uncompressed_size for c in wanted) > MAX_GROUP_BYTES:
         raise PlaceError(f"{path}: row group {group} of {column!r} is larger than {MAX_GROUP_BYTES} bytes")
     try:
-        return _field(file.read_row_group(group, columns=[column]), column)
+        return column_of(file.read_row_group(group, columns=[column]), column)
     except (pa.ArrowException, OSError) as error:
         raise PlaceError(f"{path}: row group {group} cannot be read: {error!s:.200}") from None
 
 
-def _field(table: pa.Table, column: str) -> pa.ChunkedArray | None:
+def column_of(table: pa.Table, column: str) -> pa.ChunkedArray | None:
     """A column, or a field of a struct column ("image.bytes"); None where there is none."""
     if column in table.column_names:
         return table[column]
@@ -150,4 +150,4 @@ def _field(table: pa.Table, column: str) -> pa.ChunkedArray | None:
     if name not in table.column_names or not pa.types.is_struct(table.schema.field(name).type):
         return None
     flat = table.select([name]).flatten()
-    return _field(flat.rename_columns([c.removeprefix(f"{name}.") for c in flat.column_names]), inner)
+    return column_of(flat.rename_columns([c.removeprefix(f"{name}.") for c in flat.column_names]), inner)

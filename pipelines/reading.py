@@ -40,10 +40,14 @@ class HarvestOrder(Record):
 
 
 class Harvest(Record):
-    """What reading one corpus gave; its rows lie in `run-<number>-*.arrow`, its rejects beside them."""
+    """What reading one corpus gave; its rows lie in `run-<number>-*.arrow`, its rejects beside them.
+
+    num_said    annotations of its rows, as far as they are read and refused one by one
+    """
 
     number: int
     num_rows: int
+    num_said: int
     num_rejects: int
     taxonomies: tuple[Taxonomy, ...]
     source: SourceCard
@@ -70,7 +74,7 @@ def _harvest(order: HarvestOrder) -> Harvest:
     rejects: list[dict[str, Any]] = []
     run = _Run()
     rules: dict[str, int] = {}  # one serves all rows of a corpus: it is stored once
-    num_rows = num_runs = 0
+    num_rows = num_said = num_runs = 0
     most = order.curate.captions.max_repeats if corpus.split == "train" else 0
     often = repeated(all_captions(readers.read(corpus)), most) if most else frozenset()
     for item in screen(readers.read(corpus), order.curate, often):
@@ -80,6 +84,7 @@ def _harvest(order: HarvestOrder) -> Harvest:
         rule = rules.setdefault(item.rule.model_dump_json(), len(rules)) if item.rule else -1
         run.add(in_order(item), rule)
         num_rows += 1
+        num_said += max(len(item.source.ids), len(item.captions))
         if run.size_bytes >= RUN_BYTES:
             run.save(folder / f"run-{number:04d}-{num_runs:04d}.arrow", number)
             run, num_runs = _Run(), num_runs + 1
@@ -89,6 +94,7 @@ def _harvest(order: HarvestOrder) -> Harvest:
     return Harvest(
         number=number,
         num_rows=num_rows,
+        num_said=num_said,
         num_rejects=len(rejects),
         taxonomies=readers.taxonomies(corpus),
         source=SourceCard(

@@ -10,13 +10,14 @@ from itertools import chain
 from typing import get_args
 
 from pipelines import captions
+from pipelines.corpora.licences import forms
 from pipelines.corpora.rows import MAX_DETAIL, Row
 from pipelines.curate import reject
 from schemas.jobs import CaptionRules, CurateConfig, LicenceRules
 from schemas.records import Reject
 
-# Refused because somebody asked for it, so no sign of a broken corpus; near-duplicate is of grouping.py.
-CHOSEN = ("licence", "near-duplicate", *get_args(captions.Asked))
+# Refused because somebody asked for it, or for another image's sake (grouping.py): no sign of broken data.
+CHOSEN = ("licence", "near-duplicate", "leakage", "duplicate-labels", *get_args(captions.Asked))
 
 
 def screen(
@@ -54,7 +55,8 @@ def unlicensed(row: Row, rules: LicenceRules) -> str:
 
 
 def _match(licence: str, patterns: Iterable[str]) -> str:
-    return next((p for p in patterns if fnmatchcase(licence.casefold(), p.casefold())), "")
+    said = [form.casefold() for form in forms(licence)]
+    return next((p for p in patterns if any(fnmatchcase(form, p.casefold()) for form in said)), "")
 
 
 def _captions(row: Row, rules: CaptionRules, repeated: frozenset[int]) -> Iterator[Row | Reject]:

@@ -21,7 +21,7 @@ from schemas.records import PARTS
 RUN = pa.schema({"hash": pa.uint64(), "corpus": pa.int32(), "rule": pa.int32(), "document": pa.binary()})
 
 # Rows whose files are good, with what is decided by. `image` is 128 bits of the image's sha256, `number` 64
-# of its number's or 0, `tie` 64 of the document's. `worth` is 0 of rows with segments, 1 with expressions,
+# of its number's or 0, `tie` 64 of what the row says. `worth` is 0 of rows with segments, 1 with expressions,
 # else 2; `look` and `thumbnail` are the image's of duplicates.py; `facts` is what else inspection found, and
 # `index_map` the place of the index map that was made of a label map, "" where none was decoded.
 CHECKED = pa.schema(

@@ -1,8 +1,8 @@
 """Does a build have anything to do? What it would read is compared with what the last one read, unopened.
 
-Looked at are the names, sizes and times of change of everything below the roots of the corpora, the
-settings, the code, and the files of the version that came of it. Losing the memory costs a build its time,
-nothing else.
+Looked at are the names, sizes and times of change of everything below the roots of the corpora, and of the
+shards that versions among them name; the settings, the code, and the files of the version that came of it.
+Losing the memory costs a build its time, nothing else.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipelines.atomic import write_atomically
+from pipelines.corpora import dataset
 from pipelines.facts import code_digest, stamp
 from schemas.jobs import BuildConfig, CorpusConfig
 from schemas.records import Record
@@ -57,7 +58,10 @@ class Memory:
 
 
 def recall(corpora: Sequence[CorpusConfig], config: BuildConfig, path: Path, own: Path) -> Memory:
-    """Look below the roots of the corpora; `own` is the folder that the build writes, and no part of them."""
+    """Look below the roots of the corpora; `own` is the folder that the build writes, and no part of them.
+
+    Raises `CorpusError` where a version does not say which its shards are.
+    """
     settings = [
         [corpus.model_dump(mode="json") for corpus in corpora],
         config.model_dump(mode="json", exclude=PLACEMENT),
@@ -69,6 +73,9 @@ def recall(corpora: Sequence[CorpusConfig], config: BuildConfig, path: Path, own
             if number >= MAX_ENTRIES:
                 return Memory(path=path, inputs="")
             total.update(line)
+        for shard in sorted({shard for c in corpora if c.format == "dataset" for shard in dataset.shards(c)}):
+            at = stamp(str(shard)) if os.path.isfile(shard) else None
+            total.update(os.fsencode(f"{shard} {at}\n"))
     except OSError:
         return Memory(path=path, inputs="")
     return Memory(path=path, inputs=total.hexdigest())

@@ -375,10 +375,11 @@ class CorpusConfig(Settings):
     )
     image_column: str = Field(default="image", description="captions_table: path, or bytes, of the image")
     caption_column: str = Field(default="caption", description="captions_table; webdataset: key in the JSON")
-    licence: str = ""
+    licence: str = Field(default="", description="of all its images, whatever its files state of them")
     image_ids: Name | Literal[""] = Field(
         default="",
-        description="whose numbers the images have, e.g. coco: one number in two corpora is one image",
+        description="whose ids the images have, e.g. coco: one id in two corpora is one image; 42, "
+        "000000000042.jpg and COCO_val2014_000000000042.jpg are one id",
     )
     limit: NonNegative = Field(default=0, description="at most this many images; 0 is all")
 
@@ -435,7 +436,7 @@ class CaptionRules(Settings):
 class LicenceRules(Settings):
     """Which licences are kept, as patterns of the licence's name or address: "CC BY*", "*/by-nc*".
 
-    Case does not matter.
+    Each is tried on both, as far as a corpus states them. Case does not matter.
     """
 
     allow: tuple[str, ...] = Field(default=(), description="empty allows all")
@@ -460,7 +461,9 @@ class BuildConfig(Settings):
     shard_samples: Positive = 500
     shard_mb: Positive = 256
     max_reject_share: Fraction = Field(
-        default=0.05, description="above it the build stops and publishes nothing"
+        default=0.05,
+        description="of faulty images, or of faulty annotations of images that stay; above it the build "
+        "stops and publishes nothing",
     )
     max_pixels: Positive = Field(default=100_000_000, description="larger images are rejected unread")
     curate: CurateConfig = CurateConfig()

@@ -1,6 +1,7 @@
 """Laws of the build: equal in, equal bytes; small changes stay small; in = kept + rejected; all or none."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import webdataset as wds
@@ -80,6 +83,8 @@ def shuffle(corpus: CorpusConfig, chance: random.Random) -> None:
             document = json.loads((Path(corpus.root) / name).read_text())
             for section in {"images", "annotations", "questions"} & document.keys():
                 chance.shuffle(document[section])
+            for annotation in document.get("annotations", []):
+                chance.shuffle(annotation.get("segments_info", []))
             (Path(corpus.root) / name).write_text(json.dumps(document))
 
 
@@ -128,6 +133,37 @@ def test_one_changed_caption_rewrites_one_shard(world: tuple[CorpusConfig, ...],
     diff = catalog.diff(first.version, second.version)
     assert [(change.what, change.why) for change in diff.changes] == [("changed", "captions")]
     assert len(diff.shards_added) == len(diff.shards_removed) == 1
+
+
+def picture(seed: int) -> bytes:
+    sink = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((64, 48)).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_rows_of_a_table_with_images_have_no_order(tmp_path: Path, named: bool) -> None:
+    """Whether the images have names or not; also of an image that stands in it three times."""
+    said = [*((i, f"a {i}") for i in range(32)), (5, "again"), (5, "and again")]
+    rows = [
+        {"image": {"bytes": picture(i), "path": f"{i}.jpg" if named else None}, "caption": caption}
+        for i, caption in said
+    ]
+    corpus = CorpusConfig(
+        name="c", format="captions_table", split="train", root=str(tmp_path / "t"), annotations="t.parquet"
+    )
+    (tmp_path / "t").mkdir()
+    catalog, found = Catalog(tmp_path / "store", "d"), []
+    for table in (rows, random.Random(1).sample(rows, len(rows)), rows[::-1], rows[1:]):
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / "t/t.parquet")
+        found.append(build([corpus], CONFIG, catalog))
+    first, *shuffled, less = found
+    assert [(one.version, one.shards_written) for one in shuffled] == [(first.version, 0)] * 2
+    assert first.num_samples == 32 and less.num_samples == 31 and less.shards_written <= 1
+    diff = catalog.diff(first.version, less.version)
+    assert [change.what for change in diff.changes] == ["removed"]
+    assert named == ("c-t_parquet_7_jpg" in " ".join(catalog.open().samples["key"].to_pylist()))
 
 
 def test_a_damaged_shard_is_repaired_by_a_rebuild(
@@ -345,12 +381,72 @@ def test_too_many_rejects_publish_nothing_and_say_why(
     assert build([corpus], lenient, catalog).rejects == {"corrupt": 3}
 
 
+def test_regions_are_compared_with_regions_and_images_with_images(tmp_path: Path) -> None:
+    """Both of one corpus of 4 images with 10 regions each."""
+    root = tmp_path / "vg"
+    (root / "VG_100K").mkdir(parents=True)
+    for i in range(1, 5):
+        (root / f"VG_100K/{i}.jpg").write_bytes(picture(i))
+    corpus = CorpusConfig(
+        name="vg", format="visual_genome", split="train", root=str(root), annotations="regions.json"
+    )
+
+    def outcome(num_bad: int) -> BuildReport:
+        said = ["" if i < num_bad else f"a dog {i}" for i in range(40)]
+        regions = [{"region_id": i, "phrase": phrase} for i, phrase in enumerate(said)]
+        images = [{"id": i + 1, "regions": regions[10 * i : 10 * i + 10]} for i in range(4)]
+        (root / "regions.json").write_text(json.dumps(images))
+        return build([corpus], CONFIG, Catalog(tmp_path / "store", "d"))
+
+    assert outcome(2).rejects == {"text": 2}
+    with pytest.raises(BuildError, match=r"(?s)^3 of 40 annotations were rejected, .* region 0 of image 1"):
+        outcome(3)
+    (root / "VG_100K/1.jpg").unlink()
+    with pytest.raises(BuildError, match=r"^1 of 4 images were rejected"):
+        outcome(0)
+
+
+def test_leaks_however_many_are_no_fault_of_their_corpus(tmp_path: Path) -> None:
+    for i in range(10):
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / f"c/{i}.jpg").write_bytes(picture(i))
+    corpora = []
+    for split, count in (("train", 10), ("val", 6)):
+        lines = "".join(f"{i}.jpg\ta dog\n" for i in range(count))
+        (tmp_path / f"c/{split}.tsv").write_text("image\tcaption\n" + lines)
+        corpora.append(
+            CorpusConfig(
+                name="c",
+                format="captions_table",
+                split=split,  # type: ignore[arg-type]
+                root=str(tmp_path / "c"),
+                annotations=f"{split}.tsv",
+            )
+        )
+    report = build(corpora, CONFIG, Catalog(tmp_path / "store", "d"))
+    assert report.rejects == {"leakage": 6} and report.num_kept == 10
+
+
 def test_a_corpus_of_which_nothing_is_left_stops_the_build(
     world: tuple[CorpusConfig, ...], tmp_path: Path
 ) -> None:
     tiny = CONFIG.model_copy(update={"max_pixels": 100, "max_reject_share": 1.0})
     with pytest.raises(BuildError, match=r"(?s)demo-scenes \(train\).*pixels: 24"):
         build([pick(world, "coco_panoptic")], tiny, Catalog(tmp_path, "demo"))
+
+
+def test_of_two_corpora_with_maps_of_the_same_images_the_first_decides(
+    world: tuple[CorpusConfig, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scenes = pick(world, "coco_panoptic")
+    other = scenes.model_copy(update={"name": "other"})
+    for first, second in ((scenes, other), (other, scenes)):
+        catalog = Catalog(tmp_path / first.name, "d")
+        report = build([first, second], CONFIG, catalog)
+        assert report.rejects == {"duplicate-labels": 24} and report.num_kept == 24
+        samples = read_samples(catalog.open(), split="train", stream="segmentation")
+        assert {sample.meta.taxonomy for sample in samples} == {first.name}
+        assert f"nothing of {second.name} (train) was kept" in caplog.text
 
 
 def test_an_unreadable_corpus_is_one_error_and_leaves_nothing(

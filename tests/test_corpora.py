@@ -250,6 +250,57 @@ def test_panoptic_keeps_ids_categories_and_licence(root: Path) -> None:
     assert row.source.files == ("images/1.jpg", "labels/1.png")
 
 
+def test_the_order_of_the_segments_of_an_image_is_nothing(root: Path) -> None:
+    document = panoptic()
+    straight = both(corpus(root, "coco_panoptic"))
+    for annotation in document["annotations"]:
+        annotation["segments_info"].reverse()
+    write(root, "panoptic.json", document)
+    assert both(corpus(root, "coco_panoptic")) == straight
+
+
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        ({"name": "CC BY", "url": "https://x.org/by/2.0/"}, "CC BY https://x.org/by/2.0/"),
+        ({"name": "CC BY", "url": None}, "CC BY"),
+        ({"url": "https://x.org/by/2.0/"}, "https://x.org/by/2.0/"),
+        ({}, "licence 1"),
+        ({"name": ["CC BY"]}, "licence 1"),
+    ],
+)
+def test_a_licence_of_coco_is_its_name_and_address(root: Path, described: Document, expected: str) -> None:
+    write(root, "panoptic.json", panoptic() | {"licenses": [{"id": 1} | described]})
+    assert {row.source.licence for row in both(corpus(root, "coco_panoptic"))[0]} == {expected}
+    own = both(corpus(root, "coco_panoptic", licence="ours"))[0]
+    assert {row.source.licence for row in own} == {"ours"}
+
+
+@pytest.mark.parametrize("name", ["licence", "license"])
+def test_tables_and_tars_may_state_the_licence_of_each_image(root: Path, name: str) -> None:
+    image = (root / "images/1.jpg").read_bytes()
+    said = [("1", "CC BY"), ("2", "CC BY-NC"), ("3", None)]
+    members = [
+        (f"{key}.{end}", data)
+        for key, stated in said
+        for end, data in (("jpg", image), ("json", json.dumps({"caption": "x", name: stated}).encode()))
+    ]
+    tar(root / "pairs.tar", members)
+    table = pa.table({"image": [image] * 3, "caption": ["x"] * 3, name: [stated for _, stated in said]})
+    pq.write_table(table, root / "t.parquet")
+    lines = "".join(f"{1 + i % 2}.jpg\t{stated or ''}\tx\n" for i, (_, stated) in enumerate(said))
+    (root / "t.tsv").write_text(f"image\t{name}\tcaption\n{lines}")
+    for config in (
+        corpus(root, "webdataset"),
+        corpus(root, "captions_table", annotations="t.parquet"),
+        corpus(root, "captions_table", annotations="t.tsv"),
+    ):
+        rows, rejects = both(config)
+        assert [row.source.licence for row in rows] == ["CC BY", "CC BY-NC", ""] and not rejects
+        (own,) = {row.source.licence for row in both(config.model_copy(update={"licence": "ours"}))[0]}
+        assert own == "ours"
+
+
 def test_the_taxonomy_keeps_the_order_of_the_file(root: Path) -> None:
     (found,) = taxonomies(corpus(root, "coco_panoptic"))
     assert found.names == ("grass", "dog") and found.things == {"dog"}

@@ -414,6 +414,18 @@ def test_regions_of_visual_genome_are_captions_unless_boxes_are_asked_for(tmp_pa
     assert [r.record for r in rejects] == ["region 2 of image 7"]
 
 
+@pytest.mark.parametrize("box", [{"height": 0}, {"x": None}, {"width": 0.4}])
+def test_a_box_is_looked_at_where_it_is_used(tmp_path: Path, box: dict[str, Any]) -> None:
+    config = genome(tmp_path)
+    document = json.loads((tmp_path / "regions.json").read_text())
+    document[0]["regions"][0] |= box
+    (tmp_path / "regions.json").write_text(json.dumps(document))
+    (row,), rejects = both(config)
+    assert row.captions == ("a cat", "a dog") and not rejects
+    (row,), rejects = both(config.model_copy(update={"regions": "referring"}))
+    assert not row.referring and [r.record[:8] for r in rejects] == ["region 1", "region 2"]
+
+
 def test_karpathy_parts_are_chosen_and_joined(tmp_path: Path) -> None:
     images = []
     for i, part in enumerate(("train", "restval", "test")):

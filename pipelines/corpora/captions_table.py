@@ -3,27 +3,42 @@
 CC3M, CC12M and SBU in the forms people keep them, Hugging Face's Parquet files, and the ViLT layout of the
 original X-Decoder (Arrow with `image` bytes and a list of texts as `caption`). `annotations` is one file or a
 pattern; the columns are `image_column` and `caption_column` ("image.bytes" leads into a struct), others are
-ignored. Texts are UTF-8; a TSV has no quoting, a CSV has RFC 4180's. Settings used: `images`, `annotations`,
-`image_column`, `caption_column`.
+ignored, but for `licence` or `license`. What an image in a cell is called: its `image_id`, else the `path`
+beside its bytes, else what its bytes are, because rows move when others come and go. Texts are UTF-8; a TSV
+has no quoting, a CSV has RFC 4180's. Settings used: `images`, `annotations`, `image_column`,
+`caption_column`.
 """
 
 import csv
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines import places
+from pipelines.corpora import licences
 from pipelines.corpora.files import data_file, matching, texts
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
 
-# how a reject names it; its image, as a path or found already, or why there is none; its caption
-Record = tuple[str, Any, Any]
 MAX_FIELD = 2**24  # characters of a cell of a CSV; chosen by us, so that a quote left open fills no memory
-Found = tuple[str, str, str]  # place, image id, and the file below the root that holds it
+# how a reject names it; its image, as a path or found already, or why there is none; its caption; its licence
+Record = tuple[str, Any, Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """An image. `file` is what holds it, below the root; `ids` what a column calls one in a cell."""
+
+    place: str
+    file: str
+    image_id: str
+    ids: tuple[str, ...] = ()
+    unnamed: bool = False
+    licence: str = ""
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
@@ -34,46 +49,47 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         raise CorpusError(
             f"corpus {corpus.name!r} (captions_table): set `annotations` to a file or a pattern"
         )
-    captions: dict[Found, list[str]] = {}
+    captions: dict[_Found, list[str]] = {}
     for path in matching(corpus, corpus.annotations):
         if path.suffix not in KINDS:
             raise CorpusError(f"{path}: a table ends in one of {', '.join(KINDS)}")
-        for name, image, said in KINDS[path.suffix](corpus, path):
+        for name, image, said, stated in KINDS[path.suffix](corpus, path):
             try:
                 if isinstance(image, Refusal):
                     raise image
                 sentences, unusable = texts(_sentences(said))
                 yield from (refuse(corpus, name, why) for why in unusable)
-                if sentences and isinstance(image, tuple):
-                    yield _row(corpus, image, sentences.values())
+                licence = licences.of_image(corpus, stated)
+                if sentences and isinstance(image, _Found):
+                    yield _row(corpus, replace(image, licence=licence), sentences.values())
                 elif sentences:
-                    captions.setdefault(_file(corpus, image), []).extend(sentences.values())
+                    captions.setdefault(_file(corpus, image, licence), []).extend(sentences.values())
             except Refusal as refusal:
                 yield refuse(corpus, name, refusal)
     for found, gathered in captions.items():
         yield _row(corpus, found, gathered)
 
 
-def _row(corpus: CorpusConfig, found: Found, captions: Iterable[str]) -> Row:
-    place, image_id, file = found
+def _row(corpus: CorpusConfig, found: _Found, captions: Iterable[str]) -> Row:
     return Row(
         corpus=corpus.name,
         split=corpus.split,
-        image_id=image_id,
-        image_path=place,
+        image_id=found.image_id,
+        image_path=found.place,
         height=None,
         width=None,
         captions=tuple(captions),
-        # no ids: line numbers would change with every line inserted above
-        source=Source(corpus=corpus.name, files=(file,), licence=corpus.licence),
+        # line numbers are no ids: they would change with every line inserted above
+        source=Source(corpus=corpus.name, files=(found.file,), ids=found.ids, licence=found.licence),
+        unnamed=found.unnamed,
     )
 
 
-def _file(corpus: CorpusConfig, name: Any) -> Found:
+def _file(corpus: CorpusConfig, name: Any, licence: str) -> _Found:
     if not isinstance(name, str) or not name:
         raise Refusal("record", f"the image is {name!r:.80}, not a path")
     path, file = data_file(corpus, corpus.images, name, "no-image")
-    return path, file, file
+    return _Found(place=path, file=file, image_id=file, licence=licence)
 
 
 def _sentences(said: Any) -> list[str]:
@@ -124,22 +140,22 @@ def _delimited(corpus: CorpusConfig, path: Path, lines: Iterator[tuple[int, list
             f"`caption_column`); it is {ascii(header):.120}"
         )
     at = [header.index(column) for column in wanted]
+    named = [header.index(column) for column in licences.COLUMNS if column in header][:1]
     for number, cells in lines:
         if cells in ([], [""]):
             continue
         name = f"{path.name} line {number}"
         if len(cells) != len(header):
-            yield name, Refusal("record", f"{len(cells)} cells, the header has {len(header)}"), None
+            yield name, Refusal("record", f"{len(cells)} cells, the header has {len(header)}"), None, None
         else:
-            yield name, cells[at[0]], cells[at[1]]
+            yield name, cells[at[0]], cells[at[1]], "".join(cells[i] for i in named)
 
 
 def _parquet(corpus: CorpusConfig, path: Path) -> Iterator[Record]:
     try:
         file = places.open_parquet(str(path))
         image, columns = _columns(corpus, path, file.schema_arrow)
-        batches = file.iter_batches(columns=columns)
-        yield from _rows(corpus, path, image, batches)
+        yield from _rows(corpus, path, image, columns, file.iter_batches(columns=columns))
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{path}: cannot be read to its end: {error!s:.300}; is it whole?") from None
 
@@ -150,7 +166,8 @@ def _arrow(corpus: CorpusConfig, path: Path) -> Iterator[Record]:
     except OSError as error:
         raise CorpusError(f"{error}; is it whole?") from None
     image, columns = _columns(corpus, path, table.schema)
-    yield from _rows(corpus, path, image, iter(table.select(columns).to_batches()))
+    outer = table.select(list(dict.fromkeys(column.partition(".")[0] for column in columns)))
+    yield from _rows(corpus, path, image, columns, iter(outer.to_batches()))
 
 
 def _columns(corpus: CorpusConfig, path: Path, schema: pa.Schema) -> tuple[str, list[str]]:
@@ -165,9 +182,14 @@ def _columns(corpus: CorpusConfig, path: Path, schema: pa.Schema) -> tuple[str, 
     if pa.types.is_struct(kind) and _type(schema, f"{image}.bytes") is not None:
         image = f"{image}.bytes"  # as Hugging Face stores images
         kind = _type(schema, image)
-    named = [caption, *(name for name in ("image_id",) if name in schema.names)]
     binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    return (image, named) if binary else ("", [image, *named])
+    others = [name for name in (*_names(image), *licences.COLUMNS) if _type(schema, name) is not None]
+    return (image, [caption, *others]) if binary else ("", [image, caption, *others])
+
+
+def _names(image: str) -> tuple[str, str]:
+    """Columns that say what an image is called; the second is Hugging Face's, beside its bytes."""
+    return "image_id", f"{image.rpartition('.')[0]}.path"
 
 
 def _type(schema: pa.Schema, column: str) -> pa.DataType | None:
@@ -184,32 +206,38 @@ def _type(schema: pa.Schema, column: str) -> pa.DataType | None:
 
 
 def _rows(
-    corpus: CorpusConfig, path: Path, image: str, batches: Iterator[pa.RecordBatch]
+    corpus: CorpusConfig, path: Path, image: str, columns: list[str], batches: Iterator[pa.RecordBatch]
 ) -> Iterator[Record]:
     """`image` is the column whose cells are the places; empty where paths stand in `image_column`."""
     file = path.relative_to(Path(corpus.root).resolve()).as_posix()
     number = 0
     for batch in batches:
-        for record in _listed(batch):
-            name = f"{path.name} row {number}"
-            said = record.get(corpus.caption_column)
+        table = pa.Table.from_batches([batch])
+        for record in _listed(pa.table({name: places.column_of(table, name) for name in columns})):
+            found = record.get(corpus.image_column)
             if image:
-                known = record.get("image_id")
-                own = number if known is None else f"{known:.200}" if isinstance(known, str) else known
-                yield name, (places.cell(str(path), number, image), f"{file}#{own}", file), said
-            else:
-                yield name, record.get(corpus.image_column), said
+                place = places.cell(str(path), number, image)
+                found = _in_cell(place, file, number, [record.get(column) for column in _names(image)])
+            said = record[corpus.caption_column]
+            yield f"{path.name} row {number}", found, said, licences.stated(record)
             number += 1
 
 
-def _listed(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+def _in_cell(place: str, file: str, number: int, known: list[Any]) -> _Found:
+    """Called by the first of what is known of it."""
+    ids = tuple(str(own)[-200:] for own in known if own not in (None, ""))[:1]
+    own = ids[0] if ids else number
+    return _Found(place=place, file=file, image_id=f"{file}#{own}", ids=ids, unnamed=not ids)
+
+
+def _listed(batch: pa.Table) -> list[dict[str, Any]]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:  # Parquet promises UTF-8 and does not check it
         return [_record(batch, i) for i in range(len(batch))]
 
 
-def _record(batch: pa.RecordBatch, row: int) -> dict[str, Any]:
+def _record(batch: pa.Table, row: int) -> dict[str, Any]:
     try:
         return batch.slice(row, 1).to_pylist()[0]
     except UnicodeDecodeError:

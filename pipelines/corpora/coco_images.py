@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import AliasChoices, Field, ValidationError
 
+from pipelines.corpora import licences
 from pipelines.corpora.files import (
     Entry,
     Id,
@@ -50,16 +51,20 @@ class CocoImages:
         records = section(document, "images", path)
         self._images = index(records)
         self._without_id = list(without_id(records))
-        licences = document.get("licenses")
-        self._licences = index(licences if isinstance(licences, list) else [])
+        described = document.get("licenses")
+        self._licences = index(described if isinstance(described, list) else [])
 
     def __getitem__(self, image_id: Id) -> CocoImage:
         """Raises `Refusal`: unknown or ambiguous id, wrong types, no file, a path that leaves the root."""
         entry = parse(_Image, only(self._images, image_id, "image", "no-image"))
         path, file = data_file(self._corpus, self._corpus.images, entry.file, "no-image")
-        licence = self._corpus.licence or self._licence(entry.license)
         return CocoImage(
-            id=str(entry.id), path=path, file=file, height=entry.height, width=entry.width, licence=licence
+            id=str(entry.id),
+            path=path,
+            file=file,
+            height=entry.height,
+            width=entry.width,
+            licence=licences.of_image(self._corpus, self._licence(entry.license)),
         )
 
     def ids(self) -> list[str]:
@@ -82,9 +87,11 @@ class CocoImages:
         if licence_id is None:
             return ""
         try:
-            return parse(_Licence, only(self._licences, licence_id, "licence", "record")).name
+            described = parse(_Licence, only(self._licences, licence_id, "licence", "record"))
         except Refusal:
-            return f"licence {licence_id}"  # the file names one that it does not describe
+            described = _Licence()
+        # the file may name one that it does not describe
+        return " ".join(filter(None, (described.name, described.url))) or f"licence {licence_id}"
 
 
 def row(
@@ -131,4 +138,5 @@ class _Image(Entry):
 
 
 class _Licence(Entry):
-    name: Text
+    name: Text | None = None
+    url: Text | None = None

@@ -8,7 +8,7 @@ from pipelines.corpora.coco_images import CocoImage
 from pipelines.corpora.files import Entry, Text
 from pipelines.corpora.rows import Refusal
 from schemas.masks import annotation_rle, area_of
-from schemas.records import Rle
+from schemas.records import Rle, SampleMeta
 
 MAX_PIXELS = 2**28  # of an image that masks are made for; chosen by us, above any photograph
 MAX_INSTANCES = 65535  # of one image: a label map has 16 bits
@@ -27,7 +27,7 @@ class Runs(Entry):
 Segmentation = list[list[Coordinate]] | Runs
 
 
-def mask(segmentation: Segmentation, image: CocoImage) -> Rle:
+def mask(segmentation: Segmentation | Rle, image: CocoImage | SampleMeta) -> Rle:
     """The pixels of an object. Raises `Refusal`: malformed, far outside the image, of another size, empty."""
     if image.height * image.width > MAX_PIXELS:
         raise Refusal("segmentation", f"the image claims {image.height} x {image.width} pixels")
@@ -36,7 +36,7 @@ def mask(segmentation: Segmentation, image: CocoImage) -> Rle:
     if any(abs(number) > far for outline in outlines for number in outline):
         raise Refusal("segmentation", "a polygon lies far outside the image")
     try:
-        plain = segmentation.model_dump() if isinstance(segmentation, Runs) else segmentation
+        plain = segmentation if isinstance(segmentation, list) else segmentation.model_dump()
         rle = annotation_rle(plain, image.height, image.width)
     except ValueError as error:
         raise Refusal("segmentation", str(error)) from None

@@ -68,6 +68,7 @@ def _row(
     ids = Counter(segment.id for segment in annotation.segments_info)
     if twice := [segment_id for segment_id, count in ids.items() if count > 1]:
         raise Refusal("segmentation", f"segment ids stand twice: {twice}")
+    in_order = sorted(annotation.segments_info, key=lambda info: info.id)
     return row(
         corpus,
         image,
@@ -75,7 +76,7 @@ def _row(
         files=(labels_file,),
         taxonomy=corpus.name,
         labels_path=labels_path,
-        segments=tuple(_segment(segment, categories) for segment in annotation.segments_info),
+        segments=tuple(_segment(info, categories) for info in in_order),
     )
 
 

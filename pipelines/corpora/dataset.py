@@ -3,11 +3,14 @@
 `root` is the version's folder, <store>/datasets/<name>/versions/<id>; its shards lie beside it. The samples
 are those whose split is in `parts`, else the corpus's own split. Settings used: `parts`. A sample keeps its
 image, label map, texts and sources; segments keep the taxonomies' names, so two versions that give one name
-to different class lists cannot be joined.
+to different class lists cannot be joined. The bytes of each sample are compared with the hash that was
+written, and what they say is distrusted as that of any other corpus.
 """
 
+import hashlib
+import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +19,37 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipelines import places
-from pipelines.corpora.files import load_json
+from pipelines.corpora.coco_masks import mask
+from pipelines.corpora.files import label, load_json, text
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from pipelines.labels import label_place
 from schemas.jobs import CorpusConfig
-from schemas.records import Reject, SampleMeta, Source
+from schemas.records import SAMPLES, Question, Referring, Reject, SampleMeta, Source
 from schemas.taxonomy import Taxonomy
 
 _BLOCK = tarfile.BLOCKSIZE
+_COLUMNS = ("key", "split", "shard", "offset", "size_bytes", "sha256")
 MAX_META_BYTES = 2**26  # of one description; chosen by us
+
+Kinds = dict[str | None, set[tuple[str, bool]]]  # by taxonomy, the classes and whether they are things
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
-    """One row a sample in key order, one reject one that cannot be found. Raises `CorpusError`."""
+    """One row a sample in key order, one reject one that cannot be found or is not as it was written.
+
+    Raises `CorpusError`.
+    """
     root = Path(corpus.root).resolve()
-    names = {taxonomy.name for taxonomy in taxonomies(corpus)}
+    kinds: Kinds = {t.name: {(c.name, c.isthing) for c in t.categories} for t in taxonomies(corpus)}
     wanted = set(corpus.parts or (corpus.split,))
-    for record in _table(root / "samples.parquet"):
-        if record["split"] not in wanted:
+    for position, record in enumerate(_table(root, _COLUMNS)):
+        # one without a split belongs to all of them: it is refused, and so it is counted
+        if record["split"] is not None and record["split"] not in wanted:
             continue
         try:
-            yield _row(corpus, root, record, names)
+            yield _row(corpus, root, record, kinds)
         except Refusal as refusal:
-            yield refuse(corpus, f"sample {record['key']:.200}", refusal)
+            yield refuse(corpus, label("sample", record, "key", position), refusal)
 
 
 def taxonomies(corpus: CorpusConfig) -> tuple[Taxonomy, ...]:
@@ -54,10 +65,25 @@ def taxonomies(corpus: CorpusConfig) -> tuple[Taxonomy, ...]:
     )
 
 
-def _table(path: Path) -> Iterator[dict[str, Any]]:
+def shards(corpus: CorpusConfig) -> Iterator[Path]:
+    """The shards that the version names, whether they are there or not. Raises `CorpusError`."""
+    root = Path(corpus.root).resolve()
+    for name in {record["shard"] for record in _table(root, ("shard",))}:
+        try:
+            yield _place(root, name)
+        except Refusal:
+            continue  # of which nothing is read
+
+
+def _table(root: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    path = root / "samples.parquet"
     try:
-        columns = ["key", "split", "shard", "offset", "size_bytes"]
-        for batch in pq.ParquetFile(path).iter_batches(columns=columns):
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        for column in columns:
+            if not schema.field(column).equals(SAMPLES.field(column)):
+                raise ValueError(f"{column!r} is {schema.field(column).type}")
+        for batch in file.iter_batches(columns=list(columns)):
             yield from batch.select(columns).to_pylist()
     except (OSError, pa.ArrowException, ValueError, KeyError) as error:
         raise CorpusError(
@@ -66,15 +92,17 @@ def _table(path: Path) -> Iterator[dict[str, Any]]:
         ) from None
 
 
-def _row(corpus: CorpusConfig, root: Path, record: dict[str, Any], taxonomy_names: set[str]) -> Row:
-    shard = _shard(root, record["shard"])
-    members = _members(shard, record["offset"], record["size_bytes"])
-    meta = _meta(members.pop("json", ""))
+def _row(corpus: CorpusConfig, root: Path, record: dict[str, Any], kinds: Kinds) -> Row:
+    if missing := [column for column, value in record.items() if value is None]:
+        raise Refusal("record", f"samples.parquet does not say its {', '.join(missing)}")
+    shard, offset = _place(root, record["shard"]), record["offset"]
+    if not os.path.isfile(shard):  # pathlib's would raise where the name is too long
+        raise Refusal("no-image", f"no shard {shard}; run: python -m jobs datasets verify")
+    members = _members(shard, offset, _written(shard, offset, record["size_bytes"], record["sha256"]))
+    meta = _meta(members.pop("json", ""), kinds)
     images = [suffix for suffix in ("jpg", "png") if suffix in members]
     if len(images) != 1 or (meta.segments is not None) != ("segments.png" in members):
         raise Refusal("record", f"its members are {sorted(members)}")
-    if meta.taxonomy is not None and meta.taxonomy not in taxonomy_names:
-        raise Refusal("category", f"the version has no class list {meta.taxonomy!r:.80}")
     labels = members.get("segments.png")
     return Row(
         corpus=corpus.name,
@@ -94,40 +122,78 @@ def _row(corpus: CorpusConfig, root: Path, record: dict[str, Any], taxonomy_name
     )
 
 
-def _shard(root: Path, name: str) -> Path:
-    shards = root.parent.parent / "shards"
-    path = shards / name
-    if path.resolve().parent != shards.resolve():
-        raise Refusal("path", f"shard {name!r:.200} does not lie in {shards}")
-    if not path.is_file():
-        raise Refusal("no-image", f"no shard {path}; run: python -m jobs datasets verify")
+def _place(root: Path, name: str | None) -> Path:
+    """Where a shard of the version lies."""
+    folder = root.parent.parent / "shards"
+    path = folder / str(name)
+    try:
+        inside = path.resolve().parent == folder.resolve()
+    except (OSError, ValueError):  # of a loop of links, or a name with a zero byte
+        inside = False
+    if not inside:
+        raise Refusal("path", f"shard {name!r:.200} does not lie in {folder}")
     return path
 
 
-def _members(shard: Path, offset: int, size_bytes: int) -> dict[str, str]:
-    """The members of a sample's byte range: their places by suffix."""
-    found, at, end = {}, offset, offset + size_bytes
+def _written(shard: Path, offset: int, size_bytes: int, sha256: str) -> bytes:
+    """A sample's byte range, as it was written."""
     try:
-        with shard.open("rb") as file:
-            while at < end:
-                file.seek(at)
-                info = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "strict")
-                place = places.member(str(shard), at + _BLOCK, info.size)
-                found[info.name.partition(".")[2]] = place
-                at += _BLOCK + -(-info.size // _BLOCK) * _BLOCK
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise Refusal("record", f"{shard.name} at byte {at}: {error}") from None
-    if at != end:
-        raise Refusal("record", f"{shard.name}: members end at byte {at}, the sample at {end}")
+        data = places.read(places.member(str(shard), offset, size_bytes))
+    except (OSError, ValueError) as error:
+        raise Refusal("record", f"{shard.name} at byte {offset}: {error}") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        changed = "its bytes are not those written; run: python -m jobs datasets verify"
+        raise Refusal("record", f"{shard.name} at byte {offset}: {changed}")
+    return data
+
+
+def _members(shard: Path, offset: int, data: bytes) -> dict[str, str]:
+    """The members of a sample's byte range: their places by suffix."""
+    found, at = {}, 0
+    try:
+        while at < len(data):
+            info = tarfile.TarInfo.frombuf(data[at : at + _BLOCK], "utf-8", "strict")
+            if not 0 <= info.size <= len(data):
+                raise tarfile.ReadError(f"a member claims {info.size} bytes")
+            found[info.name.partition(".")[2]] = places.member(str(shard), offset + at + _BLOCK, info.size)
+            at += _BLOCK + -(-info.size // _BLOCK) * _BLOCK
+    except (tarfile.TarError, ValueError) as error:
+        raise Refusal("record", f"{shard.name} at byte {offset + at}: {error}") from None
+    if at != len(data):
+        raise Refusal("record", f"{shard.name}: members end at byte {offset + at}, not the sample")
     return found
 
 
-def _meta(place: str) -> SampleMeta:
+def _meta(place: str, kinds: Kinds) -> SampleMeta:
+    """A description, with texts, masks and classes as any reader lets them in."""
     if not place:
         raise Refusal("record", "it has no description")
     if int(place.split(":")[2]) > MAX_META_BYTES:
         raise Refusal("record", f"its description is larger than {MAX_META_BYTES} bytes")
     try:
-        return SampleMeta.model_validate_json(places.read(place))
+        meta = SampleMeta.model_validate_json(places.read(place))
     except (ValidationError, OSError) as error:
         raise Refusal("record", f"its description is malformed: {error!s:.200}") from None
+    if min(meta.height, meta.width) < 1:
+        raise Refusal("record", f"its height, width are {(meta.height, meta.width)}")
+    if meta.taxonomy is not None and meta.taxonomy not in kinds:
+        raise Refusal("category", f"the version has no class list {meta.taxonomy!r:.80}")
+    segments = meta.segments or ()
+    if unknown := {(s.category, s.isthing) for s in segments} - kinds.get(meta.taxonomy, set()):
+        raise Refusal("category", f"not in the class list {meta.taxonomy!r:.80}: {sorted(unknown)[:5]}")
+    if [segment.id for segment in segments] != [*range(1, len(segments) + 1)]:
+        raise Refusal("segmentation", "its segments are not numbered 1, 2 ...")
+    if not all(r.sentences for r in meta.referring) or not all(q.answers for q in meta.questions):
+        raise Refusal("record", "a mask without an expression, or a question without an answer")
+    said = {
+        "captions": tuple(map(text, meta.captions)),
+        "referring": tuple(
+            Referring(sentences=tuple(map(text, r.sentences)), mask=mask(r.mask, meta))
+            for r in meta.referring
+        ),
+        "questions": tuple(
+            Question(question=text(q.question), answers=tuple(map(text, q.answers)), kind=q.kind)
+            for q in meta.questions
+        ),
+    }
+    return meta.model_copy(update=said)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pipelines.corpora import (
     captions_table,
@@ -21,7 +21,7 @@ from pipelines.corpora import (
     vqa_v2,
     webdataset,
 )
-from pipelines.corpora.files import CONTAINERS, matching
+from pipelines.corpora.files import CONTAINERS, IMAGES, matching
 from pipelines.corpora.rows import CorpusError, Row
 from pipelines.shards import file_sha256
 from schemas.jobs import CorpusConfig, Format
@@ -56,6 +56,8 @@ TAXONOMIES: dict[Format, Callable[[CorpusConfig], Taxonomy]] = {
     "voc": voc.taxonomy,
 }
 
+_COCO_NUMBER = re.compile("(?:COCO_[a-z]+20[0-9]{2}_)?0*([0-9]+)")  # of an id or a file name of COCO
+
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     """Read the annotation files of a corpus, one row an image, at most `corpus.limit` rows (0 is all).
@@ -80,9 +82,27 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
 
 
 def _number(corpus: CorpusConfig, row: Row) -> str:
-    """`COCO_val2014_000000000042.jpg`, `000000000042.jpg` and 42 are one image of the list."""
-    digits = re.findall(r"\d+", PurePosixPath(row.image_id).stem)
-    return f"{corpus.image_ids} {int(digits[-1])}" if corpus.image_ids and digits else ""
+    """`COCO_val2014_000000000042.jpg`, `000000000042.jpg` and 42 are one image of the list; any other id, as
+    2007_000032, is taken whole.
+    """
+    own = _own_id(row) if corpus.image_ids else ""
+    name = own.rpartition("/")[2].removesuffix(cityscapes.IMAGE)
+    stem = name.rpartition(".")[0] if name.lower().endswith(IMAGES) else name
+    number = _COCO_NUMBER.fullmatch(stem)
+    return stem and f"{corpus.image_ids} {number[1] if number else stem}"
+
+
+def _own_id(row: Row) -> str:
+    """What the image is called by whoever published it; empty where that is not known.
+
+    Of a sample that was built before, what the last of its sources says: those of versions come first.
+    """
+    if row.origins:
+        known = [s.ids if s.files[0].endswith(CONTAINERS) else s.files for s in row.origins if s.files]
+        return next((found[0] for found in reversed(known) if found), "")
+    if not row.image_id.startswith(f"{row.source.files[0]}#"):
+        return row.image_id
+    return row.source.ids[0] if row.source.ids else ""
 
 
 def taxonomies(corpus: CorpusConfig) -> tuple[Taxonomy, ...]:

@@ -15,6 +15,9 @@ Reason = Literal[
     "record", "path", "no-image", "no-labels", "category", "segmentation", "text", "duplicate-id"
 ]
 
+# What the `record` of a reject begins with where it is something said of an image, which stays.
+PARTS = ("annotation", "caption", "object", "question", "ref", "region")
+
 MAX_DETAIL = 500  # characters; chosen by us, so that a record cannot fill the table of rejects with itself
 
 
@@ -40,7 +43,9 @@ class Row:
 
     corpus, split   of the `CorpusConfig` it came from
     image_id        stable within the corpus, e.g. "397133"; a relative path where images have no number
-    image_number    the image in a list that several corpora share, e.g. "coco 397133"; empty without one
+    image_number    the image in a list that several corpora share, e.g. "coco 397133" or "voc 2007_000032";
+                    empty without one
+    unnamed         `image_id` is a row's number, which moves; the build puts a hash of the bytes in its place
     image_path      the place of the image (pipelines/places.py): an absolute path of an existing file under
                     the corpus root, or a tar member or a cell of a table in such a file
     height, width   pixels as the annotation file states them, None where it does not
@@ -68,10 +73,14 @@ class Row:
     source: Source
     origins: tuple[Source, ...] = ()
     image_number: str = ""
+    unnamed: bool = False
 
 
 def refuse(corpus: CorpusConfig, record: str, refusal: Refusal) -> Reject:
-    """The row of the rejects table for a refused record; `record` says which, e.g. "image 397133"."""
+    """The row of the rejects table for a refused record.
+
+    record    which one, e.g. "image 397133"; begins with one of `PARTS` where its image may stay
+    """
     return Reject(
         corpus=corpus.name,
         record=encodable(record),

@@ -20,7 +20,7 @@ from pydantic import AliasChoices, Field
 from pipelines.corpora.files import Entry, Id, Text, annotation_file, data_file, id_of, parse, text
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
-from schemas.masks import box_rle
+from schemas.masks import area_of, box_rle
 from schemas.records import Question, Referring, Reject, Source
 
 FOLDERS = ("VG_100K", "VG_100K_2", ".")
@@ -57,7 +57,7 @@ def _regions(corpus: CorpusConfig, said: dict[str, _Said]) -> Iterator[Reject]:
     done: set[str] = set()
     for image_id, record in _records(annotation_file(corpus, "annotations"), "regions"):
         try:
-            region = parse(_Region, record)
+            region = parse(_Region if corpus.regions == "captions" else _Box, record)
             if str(region.region_id) in done:
                 raise Refusal("duplicate-id", "a region with this id was read already")
             done.add(str(region.region_id))
@@ -135,10 +135,11 @@ def _row(corpus: CorpusConfig, image_id: str, said: _Said) -> Iterator[Row | Rej
 
 
 def _boxed(region: "_Region", size: tuple[int, int]) -> Referring:
+    assert isinstance(region, _Box)
     box = (round(region.x), round(region.y), round(region.width), round(region.height))
     mask = box_rle(box, *size)
-    if box[0] >= size[1] or box[1] >= size[0] or box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
-        raise Refusal("segmentation", f"the box {box} lies outside the image of height, width {size}")
+    if not area_of(mask):
+        raise Refusal("segmentation", f"the box {box} holds no pixel of the image of height, width {size}")
     return Referring(sentences=(region.phrase,), mask=mask)
 
 
@@ -167,6 +168,9 @@ Length = Annotated[float, Field(gt=0, lt=2**31)]
 class _Region(Entry):
     region_id: Id = Field(validation_alias=AliasChoices("region_id", "id"))
     phrase: Text
+
+
+class _Box(_Region):
     x: Coordinate
     y: Coordinate
     width: Length

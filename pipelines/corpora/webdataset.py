@@ -1,9 +1,9 @@
 """Tars of images and texts: the output of img2dataset, and any other WebDataset. Read in place, not unpacked.
 
 Members of one key, the path up to the first dot of its name, are one sample: an image (.jpg, .jpeg, .png), a
-caption (.txt), and a JSON object whose `caption_column` may hold a caption or several. Settings used:
-`annotations` (a pattern such as `*.tar`), `caption_column`. Compressed tars cannot be read at a place:
-decompress them first.
+caption (.txt), and a JSON object whose `caption_column` may hold a caption or several, and `license` or
+`licence` a licence. Settings used: `annotations` (a pattern such as `*.tar`), `caption_column`. Compressed
+tars cannot be read at a place: decompress them first.
 """
 
 import json
@@ -11,9 +11,10 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipelines import places
+from pipelines.corpora import licences
 from pipelines.corpora.files import IMAGES, is_utf8, matching, texts
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
@@ -57,10 +58,14 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 if item.key in keys:
                     raise Refusal("duplicate-id", "the key stands again later in the tar")
                 keys.add(item.key)
-                captions, unusable = texts(_captions(corpus, path, item))
+                _check(item)
+                said = _json(path, item)
+                licence = licences.of_image(corpus, licences.stated(said))
+                found = (*_txt(path, item), *_captions(said, corpus.caption_column))
+                captions, unusable = texts(dict.fromkeys(found))
                 yield from (refuse(corpus, name, why) for why in unusable)
                 if captions or not unusable:
-                    yield _row(corpus, path, file, item, captions.values())
+                    yield _row(corpus, path, file, item, captions.values(), licence)
             except Refusal as refusal:
                 yield refuse(corpus, name, refusal)
     if not num_samples:
@@ -123,8 +128,8 @@ def _check_end(file: BinaryIO, end: int) -> None:
             raise tarfile.ReadError("it goes on behind its end mark: damaged, or several tars in one file")
 
 
-def _captions(corpus: CorpusConfig, path: Path, sample: _Sample) -> Iterable[str]:
-    """What is said of a sample, each once. Raises `Refusal` where it cannot be one."""
+def _check(sample: _Sample) -> None:
+    """Raises `Refusal` where it cannot be a sample."""
     if not is_utf8(sample.key):
         raise Refusal("path", "the key is not UTF-8, and no dataset could name it")
     if sample.twice:
@@ -134,10 +139,11 @@ def _captions(corpus: CorpusConfig, path: Path, sample: _Sample) -> Iterable[str
         raise Refusal(
             "no-image", f"{len(images)} images (.jpg, .jpeg, .png) among {sorted(sample.members)!a:.200}"
         )
-    return dict.fromkeys((*_txt(path, sample), *_json(path, sample, corpus.caption_column)))
 
 
-def _row(corpus: CorpusConfig, path: Path, file: str, sample: _Sample, captions: Iterable[str]) -> Row:
+def _row(
+    corpus: CorpusConfig, path: Path, file: str, sample: _Sample, captions: Iterable[str], licence: str
+) -> Row:
     (image,) = _images(sample)
     return Row(
         corpus=corpus.name,
@@ -147,7 +153,7 @@ def _row(corpus: CorpusConfig, path: Path, file: str, sample: _Sample, captions:
         height=None,
         width=None,
         captions=tuple(dict.fromkeys(captions)),
-        source=Source(corpus=corpus.name, files=(file,), ids=(sample.key,), licence=corpus.licence),
+        source=Source(corpus=corpus.name, files=(file,), ids=(sample.key,), licence=licence),
     )
 
 
@@ -160,15 +166,19 @@ def _txt(path: Path, sample: _Sample) -> tuple[str, ...]:
     return () if data is None else (data.decode("utf-8", errors="surrogateescape"),)
 
 
-def _json(path: Path, sample: _Sample, key: str) -> tuple[str, ...]:
+def _json(path: Path, sample: _Sample) -> dict[str, Any]:
     data = _text_bytes(path, sample, "json")
     if data is None:
-        return ()
+        return {}
     try:
         said = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise Refusal("record", f"its .json is malformed: {error!s:.200}") from None
-    said = said.get(key) if isinstance(said, dict) else None
+    return said if isinstance(said, dict) else {}
+
+
+def _captions(record: dict[str, Any], key: str) -> tuple[str, ...]:
+    said = record.get(key)
     captions = said if isinstance(said, list) else [] if said is None else [said]
     if not all(isinstance(caption, str) for caption in captions):
         raise Refusal("record", f"{key!r} of its .json is {said!r:.80}, not a text or a list of texts")
