@@ -24,7 +24,7 @@ import logging
 import math
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
@@ -40,7 +41,7 @@ from pipelines.atomic import sweep, sync_folder, write_atomically
 from pipelines.cache import LocalShards, RemoteShards, Shards
 from pipelines.changes import Diff, compare
 from pipelines.remote import Remote, at_once
-from pipelines.shards import file_sha256
+from pipelines.shards import Member, file_sha256
 from schemas.records import SAMPLES, Record, Split
 from schemas.taxonomy import Category, Taxonomy
 
@@ -187,8 +188,13 @@ class DatasetVersion:
         Raises `CatalogError` that names every file that is missing or is not what was written.
         """
         names, digests = (self.manifest[column].to_pylist() for column in ("shard", "sha256"))
+        source, members = self.source(), _by_shard(self.samples)
+
+        def problem(name: str, digest: str) -> str:
+            return source.problem(name, digest, members(name))
+
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-            problems = [p for p in pool.map(self.source().problem, names, digests) if p]
+            problems = [p for p in pool.map(problem, names, digests) if p]
         tables = Remote.at(str(self.folder.parent)) if self.remote is None else self.remote / "versions"
         problems += _damaged_files(tables / self.id)
         if content_id(self.card, self.manifest, self.samples, self.rejects) != self.id:
@@ -466,6 +472,23 @@ def _read(folder: Path, table: str, split: Split | None) -> pa.Table:
         return pq.read_table(path)
     columns = [name for name in SAMPLES.names if not name.endswith("_hash")]
     return pq.read_table(path, columns=columns, filters=[("split", "=", split)])
+
+
+def _by_shard(samples: pa.Table) -> Callable[[str], list[Member]]:
+    """Of samples.parquet, what lies in a shard: objects are made of one shard at a time."""
+    encoded = samples["shard"].combine_chunks().dictionary_encode()
+    order = np.argsort(encoded.indices.to_numpy(), kind="stable")
+    starts = np.cumsum([0, *np.bincount(encoded.indices.to_numpy(), minlength=len(encoded.dictionary))])
+    numbers = {name: i for i, name in enumerate(encoded.dictionary.to_pylist())}
+    columns = samples.select(list(Member.model_fields))
+
+    def members(name: str) -> list[Member]:
+        if name not in numbers:
+            return []
+        rows = order[starts[numbers[name]] : starts[numbers[name] + 1]]
+        return [Member(**row) for row in columns.take(pa.array(rows)).to_pylist()]
+
+    return members
 
 
 def _in_use(folder: Path) -> bool:

@@ -144,6 +144,28 @@ def test_a_damaged_shard_is_repaired_by_a_rebuild(
     catalog.open().verify()
 
 
+@pytest.mark.parametrize("field", ["key", "offset", "size_bytes", "sha256"])
+@pytest.mark.parametrize("stamped", [True, False])
+def test_a_receipt_that_changed_is_not_repeated(
+    demo_corpora: tuple[CorpusConfig, ...], tmp_path: Path, field: str, stamped: bool
+) -> None:
+    """Its shard is written again, whether or not the memory of shards is there."""
+    catalog = Catalog(tmp_path, "demo")
+    first = build(demo_corpora, CONFIG, catalog)
+    receipt = sorted(catalog.shards_root.glob("*.tar.json"))[0]
+    whole = receipt.read_bytes()
+    said = json.loads(whole)
+    member = said["members"][2]
+    member[field] = member[field] + 512 if isinstance(member[field], int) else member[field][::-1]
+    receipt.write_text(json.dumps(said))
+    if not stamped:
+        (catalog.cache / "shards.json").unlink()
+    again = build(demo_corpora, CONFIG, catalog)
+    assert (again.version, again.shards_written) == (first.version, 1)
+    assert receipt.read_bytes() == whole
+    catalog.open().verify()
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_a_killed_build_leaves_the_previous_version_and_the_next_one_finishes(
     world: tuple[CorpusConfig, ...], tmp_path: Path

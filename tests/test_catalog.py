@@ -73,6 +73,22 @@ def test_one_flipped_bit_is_found_in_every_file(catalog: Catalog, place: float) 
     version.verify()
 
 
+@pytest.mark.parametrize("column", ["offset", "size_bytes", "sha256"])
+def test_a_sample_that_is_not_where_the_table_says_is_found(catalog: Catalog, column: str) -> None:
+    """Though the table is the one that was published."""
+    base = catalog.open()
+    at, row = SAMPLES.get_field_index(column), base.samples.slice(3, 1).to_pylist()[0]
+    values = base.samples[column].to_pylist()
+    values[3] = values[3][::-1] if column == "sha256" else values[3] ^ 1
+    samples = base.samples.set_column(at, SAMPLES.field(at), pa.array(values, SAMPLES.field(at).type))
+    card = base.card.model_copy(
+        update={"version": content_id(base.card, base.manifest, samples, base.rejects)}
+    )
+    catalog.publish(card, base.manifest, samples, base.rejects)
+    with pytest.raises(CatalogError, match=rf"{row['shard']}: sample {row['key']} is not the \d+ bytes"):
+        catalog.open().verify()
+
+
 def test_a_file_that_nobody_wrote_is_found(catalog: Catalog) -> None:
     version = catalog.open()
     (version.folder / "more.parquet").write_bytes(b"")
