@@ -22,9 +22,10 @@ from assembled import curated
 from PIL import Image
 
 from pipelines.build import BuildError, BuildReport, build
-from pipelines.catalog import Catalog
+from pipelines.catalog import Catalog, CatalogError
 from pipelines.corpora.rows import CorpusError, Row
 from pipelines.curate import sample_key
+from pipelines.facts import stamp
 from pipelines.inspection import Facts, inspect
 from pipelines.labels import Region, regions_of, runs_of
 from pipelines.planning import Plan, plan
@@ -141,6 +142,33 @@ def test_a_damaged_shard_is_repaired_by_a_rebuild(
     report = build(demo_corpora, CONFIG, catalog)
     assert report.shards_written == 1 and not report.new
     assert hashes(catalog) == whole
+    catalog.open().verify()
+
+
+@pytest.mark.parametrize("name", ["*.tar", "samples.parquet", "dataset.json"])
+def test_what_rots_unseen_is_repaired_by_a_rebuild_once_it_is_found(
+    demo_corpora: tuple[CorpusConfig, ...], tmp_path: Path, name: str
+) -> None:
+    """Bytes change, sizes and times do not."""
+    catalog = Catalog(tmp_path, "demo")
+    first = build(demo_corpora, CONFIG, catalog)
+    path = sorted(catalog.root.rglob(name))[0]
+    whole, before = path.read_bytes(), stamp(str(path))
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    for memory in catalog.cache.glob("*.json"):  # as if the times were those of before
+        text = memory.read_text()
+        for then, now in zip(before, stamp(str(path)), strict=True):
+            text = text.replace(str(then), str(now))
+        memory.write_text(text)
+    with pytest.raises(CatalogError, match="rebuild to repair it"):
+        catalog.open().verify()
+    report = build(demo_corpora, CONFIG, catalog)
+    assert (report.version, report.new, report.shards_written) == (
+        first.version,
+        False,
+        path.suffix == ".tar",
+    )
+    assert path.read_bytes() == whole
     catalog.open().verify()
 
 

@@ -104,6 +104,24 @@ def test_every_missing_shard_is_named(catalog: Catalog) -> None:
         catalog.open().verify()
 
 
+def test_damage_is_told_where_nothing_can_be_written(catalog: Catalog) -> None:
+    """Then what is remembered of the shards cannot be forgotten, and the message says what to do."""
+    (shard, *_) = catalog.shards_root.glob("*.tar")
+    shard.write_bytes(shard.read_bytes()[::-1])
+    (catalog.cache / "inputs.json").unlink()
+    (catalog.cache / "inputs.json").mkdir()
+    with pytest.raises(
+        CatalogError, match=f"(?s)delete {catalog.cache} and rebuild to repair it.*{shard.name}"
+    ):
+        catalog.open().verify()
+
+
+def test_a_version_that_nobody_finished_is_none(catalog: Catalog) -> None:
+    folder = catalog.open().folder
+    shutil.copytree(folder, folder.with_name(".0123456789abcdef.tmp"))
+    assert catalog.versions() == (folder.name,)
+
+
 def test_tables_that_were_edited_are_found(demo_dataset: DatasetVersion) -> None:
     shorter = replace(demo_dataset, samples=demo_dataset.samples.slice(1))
     card = demo_dataset.card.model_copy(update={"answers": ("yes",)})
