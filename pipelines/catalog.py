@@ -42,14 +42,14 @@ from pipelines.cache import LocalShards, RemoteShards, Shards
 from pipelines.changes import Diff, compare
 from pipelines.remote import Remote, at_once
 from pipelines.shards import Member, file_sha256, receipt_path
-from schemas.records import SAMPLES, Record, Split
+from schemas.records import MANIFEST, REJECTS, SAMPLES, Record, Split
 from schemas.taxonomy import Category, Taxonomy
 
 log = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"  # sha256 of the tables and of the card
 CARD = "dataset.json"  # a version whose card is there is whole
 INPUTS = "inputs.json"  # in the cache: what the last build read, and the files that it made of it
-_TABLES = ("manifest", "samples", "rejects")
+_TABLES = {"manifest": MANIFEST, "samples": SAMPLES, "rejects": REJECTS}
 _UPLOADS = 8  # at a time; chosen by us
 _HASHES: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 _ROWS_AT_ONCE = 10_000  # as Python objects, for the digest; part of the id of every version
@@ -254,7 +254,7 @@ class Catalog:
         try:
             card = DatasetCard.model_validate_json((folder / CARD).read_bytes())
             tables = {name: _read(folder, name, split) for name in _TABLES}
-        except (OSError, ValidationError, pa.ArrowException) as error:
+        except (OSError, ValueError) as error:
             remedy = f"roll back, or {_distrust(self.root, [])}"
             if self.remote is not None:
                 remedy = "delete it, and it is fetched again"
@@ -311,7 +311,7 @@ class Catalog:
         Raises `RemoteError`, and `CatalogError` where a file of the folder is not what was written.
         """
         here = self.root / "versions" / version
-        manifest = pq.read_table(here / "manifest.parquet")
+        manifest = _read(here, "manifest", None)
         names, there = names_there(manifest), remote.list("shards")
         sent = [
             (self.shards_root / row["shard"], f"shards/{names[row['shard']]}", row["sha256"])
@@ -475,12 +475,18 @@ class Catalog:
                 write_atomically(self.root / "current.json", data)
 
 
-def _read(folder: Path, table: str, split: Split | None) -> pa.Table:
-    path = folder / f"{table}.parquet"
-    if table != "samples" or split is None:
-        return pq.read_table(path)
-    columns = [name for name in SAMPLES.names if not name.endswith("_hash")]
-    return pq.read_table(path, columns=columns, filters=[("split", "=", split)])
+def _read(folder: Path, name: str, split: Split | None) -> pa.Table:
+    """A table with its columns and whole texts: Parquet promises UTF-8 and does not check it."""
+    path, columns, filters = folder / f"{name}.parquet", _TABLES[name].names, None
+    if name == "samples" and split is not None:
+        columns = [column for column in columns if not column.endswith("_hash")]
+        filters = [("split", "=", split)]
+    try:
+        table = pq.read_table(path, columns=columns, filters=filters)
+        table.validate(full=True)
+        return table.select(columns).cast(pa.schema([_TABLES[name].field(column) for column in columns]))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise CatalogError(f"{path}: {error!s:.300}") from None
 
 
 def _distrust(root: Path, shards: Iterable[str]) -> str:

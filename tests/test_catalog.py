@@ -10,6 +10,7 @@ from typing import get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL_SHARDS
 
@@ -196,6 +197,22 @@ def test_a_damaged_file_of_the_catalog_is_an_error_that_names_it(catalog: Catalo
     path = (catalog.root / "versions" / str(catalog.current()) / file).resolve()
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CatalogError, match=str(path if "current" in file else path.parent)):
+        catalog.open()
+
+
+@pytest.mark.parametrize(
+    "old, new", [(b"copy_of", b"c\xffpy_of"), (b"copy_of", b"cope_of"), (b"demo", b"d\xffmo")]
+)
+def test_texts_and_names_that_changed_in_a_table_are_an_error_that_names_it(
+    catalog: Catalog, old: bytes, new: bytes
+) -> None:
+    """Parquet reads them; "demo" is the beginning of keys."""
+    path = catalog.root / "versions" / str(catalog.current()) / "samples.parquet"
+    pq.write_table(pq.read_table(path), path, compression="none")
+    whole = path.read_bytes()
+    assert old in whole
+    path.write_bytes(whole.replace(old, new))
+    with pytest.raises(CatalogError, match=str(path)):
         catalog.open()
 
 
