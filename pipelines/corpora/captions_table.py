@@ -8,6 +8,7 @@ ignored. Texts are UTF-8; a TSV has no quoting, a CSV has RFC 4180's. Settings u
 """
 
 import csv
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from pipelines import places
 from pipelines.corpora.files import data_file, matching, text
+from pipelines.corpora.gathering import Gathered
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
@@ -33,7 +35,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         raise CorpusError(
             f"corpus {corpus.name!r} (captions_table): set `annotations` to a file or a pattern"
         )
-    captions: dict[Found, list[str]] = {}
+    root, captions = os.path.realpath(corpus.root), Gathered()
     for path in matching(corpus, corpus.annotations):
         if path.suffix not in KINDS:
             raise CorpusError(f"{path}: a table ends in one of {', '.join(KINDS)}")
@@ -45,11 +47,11 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 if isinstance(image, tuple):
                     yield _row(corpus, image, sentences)
                 else:
-                    captions.setdefault(_file(corpus, image), []).extend(sentences)
+                    captions.add(_file(corpus, image), *sentences)
             except Refusal as refusal:
                 yield refuse(corpus, name, refusal)
-    for found, sentences in captions.items():
-        yield _row(corpus, found, sentences)
+    for file, sentences in captions:
+        yield _row(corpus, (os.path.join(root, file), file, file), sentences)
 
 
 def _row(corpus: CorpusConfig, found: Found, captions: list[str]) -> Row:
@@ -67,11 +69,10 @@ def _row(corpus: CorpusConfig, found: Found, captions: list[str]) -> Row:
     )
 
 
-def _file(corpus: CorpusConfig, name: Any) -> Found:
+def _file(corpus: CorpusConfig, name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise Refusal("record", f"the image is {name!r:.80}, not a path")
-    path, file = data_file(corpus, corpus.images, name, "no-image")
-    return path, file, file
+    return data_file(corpus, corpus.images, name, "no-image")[1]
 
 
 def _sentences(said: Any) -> list[str]:
