@@ -311,7 +311,10 @@ class Catalog:
         Raises `RemoteError`, and `CatalogError` where a file of the folder is not what was written.
         """
         here = self.root / "versions" / version
-        manifest = _read(here, "manifest", None)
+        try:
+            manifest = _read(here, "manifest", None)
+        except CatalogError as error:
+            raise CatalogError(f"{error}; {_distrust(self.root, [])}") from None
         names, there = names_there(manifest), remote.list("shards")
         sent = [
             (self.shards_root / row["shard"], f"shards/{names[row['shard']]}", row["sha256"])

@@ -29,6 +29,7 @@ from pipelines.facts import stamp
 from pipelines.inspection import Facts, inspect
 from pipelines.labels import Region, regions_of, runs_of
 from pipelines.planning import Plan, plan
+from pipelines.remote import Remote
 from pipelines.stream import read_samples
 from schemas.jobs import BuildConfig, CorpusConfig
 from schemas.records import SampleMeta, Segment, Source
@@ -145,6 +146,34 @@ def test_a_damaged_shard_is_repaired_by_a_rebuild(
     catalog.open().verify()
 
 
+def rot(path: Path, catalog: Catalog) -> None:
+    """Flip a bit; what is remembered of the file becomes what it is now, as if its times had not changed."""
+    whole, before = path.read_bytes(), stamp(str(path))
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    for memory in catalog.cache.glob("*.json"):
+        text = memory.read_text()
+        for then, now in zip(before, stamp(str(path)), strict=True):
+            text = text.replace(str(then), str(now))
+        memory.write_text(text)
+
+
+@pytest.mark.parametrize("name", ["*.tar", "manifest.parquet", "samples.parquet"])
+def test_what_rotted_unseen_is_not_sent_and_repaired_by_the_next_build(
+    demo_corpora: tuple[CorpusConfig, ...], tmp_path: Path, name: str
+) -> None:
+    remote = Remote.at(f"file://{tmp_path}/there")
+    catalog = Catalog(tmp_path / "here", "demo", remote)
+    build(demo_corpora, CONFIG, catalog)
+    rot(sorted(catalog.root.rglob(name))[0], catalog)
+    for lost in remote.list():
+        if lost != "current.json":
+            remote.delete(lost)
+    with pytest.raises(CatalogError, match="rebuild to repair it"):
+        build(demo_corpora, CONFIG, catalog)
+    build(demo_corpora, CONFIG, catalog)
+    catalog.open().verify()
+
+
 @pytest.mark.parametrize("name", ["*.tar", "samples.parquet", "dataset.json"])
 def test_what_rots_unseen_is_repaired_by_a_rebuild_once_it_is_found(
     demo_corpora: tuple[CorpusConfig, ...], tmp_path: Path, name: str
@@ -153,13 +182,8 @@ def test_what_rots_unseen_is_repaired_by_a_rebuild_once_it_is_found(
     catalog = Catalog(tmp_path, "demo")
     first = build(demo_corpora, CONFIG, catalog)
     path = sorted(catalog.root.rglob(name))[0]
-    whole, before = path.read_bytes(), stamp(str(path))
-    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    for memory in catalog.cache.glob("*.json"):  # as if the times were those of before
-        text = memory.read_text()
-        for then, now in zip(before, stamp(str(path)), strict=True):
-            text = text.replace(str(then), str(now))
-        memory.write_text(text)
+    whole = path.read_bytes()
+    rot(path, catalog)
     with pytest.raises(CatalogError, match="rebuild to repair it"):
         catalog.open().verify()
     report = build(demo_corpora, CONFIG, catalog)
