@@ -2,11 +2,13 @@
 
     python -m benchmarks.leakage plant [PATH/coco/images] [--evaluation 200] [--clean 10000]
     python -m benchmarks.leakage search [--images 100000 1000000] [--held-out 5000]
+    python -m benchmarks.leakage alike [--images 1000 10000]
 
 `plant` makes one altered copy of every evaluation image in each of the ways of `VARIANTS` and puts them among
 clean images. Evaluation images are the photographs of the folder, then made-up ones; clean ones are the
 photographs' left halves (another picture than the whole), made-up photographs, and scenes of the demo world,
-in equal parts of the last two. `search` times hashes that are made up: nothing resembles anything.
+in equal parts of the last two. `search` times hashes that are made up: nothing resembles anything. `alike`
+times the contrary: every image is the first one, but for noise as of another encoder.
 """
 
 import argparse
@@ -172,6 +174,16 @@ def search(num_images: int, num_held_out: int) -> str:
     return f"{num_images} images, {num_held_out} held out: {time.process_time() - started:.1f} s of CPU"
 
 
+def alike(num_images: int) -> str:
+    """Find that all are copies of the first; a line of what it took."""
+    chance = np.random.default_rng(0)
+    noise = chance.integers(-1, 2, (num_images, THUMBNAIL_BYTES))
+    seen = (looks([made_up(chance)]) + noise).clip(0, 255).astype(np.uint8)
+    started = time.process_time()
+    copies = find_copies(hashes(seen), seen, np.zeros(num_images, dtype=bool)) == 0
+    return f"{num_images} images, {copies.sum()} copies: {time.process_time() - started:.1f} s of CPU"
+
+
 class _First:
     """Thumbnails of the held-out images; all others have the first one's."""
 
@@ -186,17 +198,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("plant", "search"))
+    parser.add_argument("what", choices=("plant", "search", "alike"))
     parser.add_argument("folder", nargs="?", type=Path, help="photographs, no two of them alike")
     parser.add_argument("--evaluation", type=int, default=200)
     parser.add_argument("--clean", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, nargs="+", default=(100_000, 1_000_000))
+    parser.add_argument("--images", type=int, nargs="+")
     parser.add_argument("--held-out", type=int, default=5_000)
     options = parser.parse_args(arguments)
     if options.what == "search":
-        for num_images in options.images:
+        for num_images in options.images or (100_000, 1_000_000):
             print(search(num_images, options.held_out), flush=True)
+        return
+    if options.what == "alike":
+        for num_images in options.images or (1_000, 10_000):
+            print(alike(num_images), flush=True)
         return
     real = photographs(options.folder) if options.folder else []
     rest = (np.random.default_rng((options.seed, 1, i)) for i in range(options.evaluation - len(real)))

@@ -1,9 +1,11 @@
-"""How much memory do the decisions of a build take, and does a whole build take more of a larger corpus?
+"""How much memory do reading and the decisions of a build take, and a whole build of a larger corpus?
 
+    python -m benchmarks.planning read [--rows 1000000 10000000]
     python -m benchmarks.planning decide [--rows 1000000 10000000]
     python -m benchmarks.planning build [--samples 2000 8000 32000] [--workers 2]
 
-`decide` groups and plans rows that are made up, in a process of its own for each number: goal 4 GB for ten
+`read` brings a table with a path and a caption a line to rows on disk, and looks for none of the pictures.
+`decide` groups and plans rows that are made up. Each number has a process of its own: goal 4 GB for ten
 million. `build` builds corpora of 1, 4 and 16 times as many small pictures, and prints the most that the
 driver and any one worker of Ray held.
 """
@@ -30,10 +32,12 @@ import pyarrow.compute as pc
 from benchmarks.rebuild import session, write_corpus
 from pipelines.build import build
 from pipelines.catalog import Catalog
+from pipelines.corpora import captions_table
 from pipelines.duplicates import THUMBNAIL_BYTES
 from pipelines.grouping import LightRows, group
 from pipelines.planning import plan
-from schemas.jobs import BuildConfig
+from pipelines.reading import HarvestOrder, harvest
+from schemas.jobs import BuildConfig, CorpusConfig, CurateConfig
 from schemas.masks import Array
 
 MB = 2**20
@@ -61,6 +65,24 @@ def made_up(num_rows: int) -> LightRows:
         labelled=np.arange(num_rows) % 5 == 0,
         key=pc.binary_join_element_wise("corpus", numbers, "-"),
     )
+
+
+def read(num_rows: int, folder: Path) -> str:
+    """Harvest a TSV of 100 bytes a line; a line of what it took."""
+    with (folder / "captions.tsv").open("w") as file:
+        file.write("image\tcaption\n")
+        for i in range(num_rows):
+            file.write(
+                f"images/{i // 1000:05}/{i:09}.jpg\ta photograph of thing number {i} that stands in a field\n"
+            )
+    captions_table.data_file = lambda corpus, images, name, missing: (f"{corpus.root}/{name}", name)
+    corpus = CorpusConfig(
+        name="many", format="captions_table", split="train", root=str(folder), annotations="captions.tsv"
+    )
+    before, started = _peak_mb(), time.process_time()
+    report = harvest(HarvestOrder(corpus=corpus, curate=CurateConfig(), number=0, work=str(folder)))
+    cpu = time.process_time() - started
+    return f"{report.num_rows} rows read: CPU {cpu:.1f} s; peak {_peak_mb():.0f} MB, {before:.0f} MB before"
 
 
 class _Noise:
@@ -138,17 +160,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("decide", "build"))
+    parser.add_argument("what", choices=("read", "decide", "build"))
     parser.add_argument("--rows", type=int, nargs="+", default=(1_000_000, 10_000_000))
     parser.add_argument("--samples", type=int, nargs="+", default=(2_000, 8_000, 32_000))
     parser.add_argument("--workers", type=int, default=2, help="1 builds in this process, without Ray")
     options = parser.parse_args(arguments)
-    if options.what == "decide" and len(options.rows) == 1:
-        print(decide(options.rows[0]), flush=True)
-    elif options.what == "decide":
+    if options.what != "build" and len(options.rows) > 1:
         for num_rows in options.rows:
-            command = [sys.executable, "-m", "benchmarks.planning", "decide", "--rows", str(num_rows)]
+            command = [sys.executable, "-m", "benchmarks.planning", options.what, "--rows", str(num_rows)]
             subprocess.run(command, check=True)
+    elif options.what == "decide":
+        print(decide(options.rows[0]), flush=True)
+    elif options.what == "read":
+        with tempfile.TemporaryDirectory() as folder:
+            print(read(options.rows[0], Path(folder)), flush=True)
     else:
         ray = session() if options.workers > 1 else nullcontext()
         with tempfile.TemporaryDirectory() as folder, ray:

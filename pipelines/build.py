@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.card import BuildError, by_reason, check_balance, examples, make_card, taxonomies
-from pipelines.catalog import Catalog, DatasetVersion, content_id
+from pipelines.catalog import INPUTS, Catalog, DatasetVersion, content_id
 from pipelines.checking import CheckOrder, CheckReport, check
 from pipelines.curate import name, reject
 from pipelines.facts import forget_others, inspection_digest
@@ -92,7 +92,7 @@ def build(
         raise BuildError("no corpora to build from; list some under `corpora`")
     with catalog.building(), _blaming_workers():
         corpora = mirrored(corpora, catalog.cache / "corpora")
-        memory = recall(corpora, config, catalog.cache / "inputs.json", catalog.root)
+        memory = recall(corpora, config, catalog.cache / INPUTS, catalog.root)
         version = memory.version()
         if version is not None:
             catalog.serve(version)

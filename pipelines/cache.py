@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.remote import Remote, RemoteError, copy
-from pipelines.shards import file_sha256
+from pipelines.shards import Member, file_sha256, misplaced
 
 log = logging.getLogger(__name__)
 
@@ -114,13 +114,14 @@ class RemoteShards:
         """All of a shard. Raises `OSError`."""
         return self.remote.chunks(self._there(name))
 
-    def problem(self, name: str, digest: str) -> str:
-        """What is wrong with a shard that should have this SHA-256, or nothing."""
+    def problem(self, name: str, digest: str, members: Sequence[Member]) -> str:
+        """What is wrong with a shard that should have this SHA-256 and hold these samples, or nothing."""
         there = self._there(name)
         try:
-            return "" if self.remote.sha256(there) == digest else f"{self}/{there}: its bytes changed"
+            wrong = misplaced(self.remote.chunks(there), digest, members)
         except OSError as error:
-            return f"{self}/{there}: {error}"
+            wrong = str(error)
+        return wrong and f"{self}/{there}: {wrong}"
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         there = self._there(name)

@@ -24,7 +24,7 @@ import logging
 import math
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
@@ -40,14 +41,15 @@ from pipelines.atomic import sweep, sync_folder, write_atomically
 from pipelines.cache import LocalShards, RemoteShards, Shards
 from pipelines.changes import Diff, compare
 from pipelines.remote import Remote, at_once
-from pipelines.shards import file_sha256
-from schemas.records import SAMPLES, Record, Split
+from pipelines.shards import Member, file_sha256, receipt_path
+from schemas.records import MANIFEST, REJECTS, SAMPLES, Record, Split
 from schemas.taxonomy import Category, Taxonomy
 
 log = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"  # sha256 of the tables and of the card
 CARD = "dataset.json"  # a version whose card is there is whole
-_TABLES = ("manifest", "samples", "rejects")
+INPUTS = "inputs.json"  # in the cache: what the last build read, and the files that it made of it
+_TABLES = {"manifest": MANIFEST, "samples": SAMPLES, "rejects": REJECTS}
 _UPLOADS = 8  # at a time; chosen by us
 _HASHES: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 _ROWS_AT_ONCE = 10_000  # as Python objects, for the digest; part of the id of every version
@@ -187,17 +189,23 @@ class DatasetVersion:
         Raises `CatalogError` that names every file that is missing or is not what was written.
         """
         names, digests = (self.manifest[column].to_pylist() for column in ("shard", "sha256"))
+        source, members = self.source(), _by_shard(self.samples)
+
+        def problem(name: str, digest: str) -> str:
+            return source.problem(name, digest, members(name))
+
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-            problems = [p for p in pool.map(self.source().problem, names, digests) if p]
+            found = {name: p for name, p in zip(names, pool.map(problem, names, digests), strict=True) if p}
+        problems = list(found.values())
         tables = Remote.at(str(self.folder.parent)) if self.remote is None else self.remote / "versions"
         problems += _damaged_files(tables / self.id)
         if content_id(self.card, self.manifest, self.samples, self.rejects) != self.id:
             problems.append("the tables and the card are not those that were published")
         if problems:
             lines = "".join(f"\n  {problem}" for problem in problems)
-            remedy = "rebuild to repair the shards"
-            if self.remote is not None:
-                remedy = "delete these there and rebuild, which uploads what is missing"
+            remedy = "delete these there and rebuild, which uploads what is missing"
+            if self.remote is None:
+                remedy = _distrust(self.shards_root.parent, found)
             raise CatalogError(f"dataset {self.card.dataset!r} {self.id} is damaged; {remedy}:{lines}")
         return sum(self.manifest["size_bytes"].to_pylist())
 
@@ -217,7 +225,7 @@ class Catalog:
             there = self.remote.list("versions").items()
             cards = [(file.mtime_ns, name.partition("/")[0]) for name, file in there if name.endswith(CARD)]
             return tuple(version for _, version in sorted(cards))
-        found = [p for p in (self.root / "versions").glob("*") if (p / CARD).is_file()]
+        found = [p for p in (self.root / "versions").glob("[!.]*") if (p / CARD).is_file()]
         return tuple(p.name for p in sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name)))
 
     def current(self) -> str | None:
@@ -246,8 +254,11 @@ class Catalog:
         try:
             card = DatasetCard.model_validate_json((folder / CARD).read_bytes())
             tables = {name: _read(folder, name, split) for name in _TABLES}
-        except (OSError, ValidationError, pa.ArrowException) as error:
-            raise CatalogError(f"{folder} cannot be read: {error}; roll back, or rebuild") from None
+        except (OSError, ValueError) as error:
+            remedy = f"roll back, or {_distrust(self.root, [])}"
+            if self.remote is not None:
+                remedy = "delete it, and it is fetched again"
+            raise CatalogError(f"{folder} cannot be read: {error}; {remedy}") from None
         return DatasetVersion(
             id=wanted,
             card=card,
@@ -261,11 +272,11 @@ class Catalog:
     def publish(self, card: DatasetCard, manifest: pa.Table, samples: pa.Table, rejects: pa.Table) -> bool:
         """Make a version whose shards are all written the current one. Returns whether the version is new.
 
-        Where it exists and is current already, nothing is written.
+        Where it exists, is whole and is current already, nothing is written.
         """
         folder = self.root / "versions" / card.version
         new = not (folder / CARD).is_file()
-        if new:
+        if new or _damaged_files(Remote.at(str(folder))):
             staging = folder.with_name(f".{card.version}.tmp")
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -275,7 +286,11 @@ class Catalog:
             hashes = {path.name: file_sha256(path) for path in sorted(staging.iterdir())}
             write_atomically(staging / CHECKSUMS, json.dumps(hashes).encode())
             sync_folder(staging)
+            damaged = folder.with_name(f".{card.version}.damaged.tmp")
+            if not new:
+                folder.rename(damaged)
             staging.rename(folder)
+            shutil.rmtree(damaged, ignore_errors=True)
             sync_folder(folder.parent)
         new_there = self.serve(card.version)
         return new if self.remote is None else new_there
@@ -296,7 +311,10 @@ class Catalog:
         Raises `RemoteError`, and `CatalogError` where a file of the folder is not what was written.
         """
         here = self.root / "versions" / version
-        manifest = pq.read_table(here / "manifest.parquet")
+        try:
+            manifest = _read(here, "manifest", None)
+        except CatalogError as error:
+            raise CatalogError(f"{error}; {_distrust(self.root, [])}") from None
         names, there = names_there(manifest), remote.list("shards")
         sent = [
             (self.shards_root / row["shard"], f"shards/{names[row['shard']]}", row["sha256"])
@@ -305,13 +323,13 @@ class Catalog:
         ]
         if sent:
             log.info("%d of %d shards are not yet at %s", len(sent), len(names), remote)
-        for _ in at_once(_UPLOADS, partial(_send, remote), sent):
+        for _ in at_once(_UPLOADS, partial(_send, remote, self.root), sent):
             pass
         hashes = _HASHES.validate_json((here / CHECKSUMS).read_bytes())
         hashes[CHECKSUMS] = file_sha256(here / CHECKSUMS)
         tables = remote.list(f"versions/{version}")
         for name in sorted(hashes, key=lambda name: name == CARD) if hashes.keys() - tables else ():
-            _send(remote, (here / name, f"versions/{version}/{name}", hashes[name]))
+            _send(remote, self.root, (here / name, f"versions/{version}/{name}", hashes[name]))
         return CARD not in tables
 
     def _fetch(self, there: Remote, folder: Path) -> None:
@@ -460,12 +478,46 @@ class Catalog:
                 write_atomically(self.root / "current.json", data)
 
 
-def _read(folder: Path, table: str, split: Split | None) -> pa.Table:
-    path = folder / f"{table}.parquet"
-    if table != "samples" or split is None:
-        return pq.read_table(path)
-    columns = [name for name in SAMPLES.names if not name.endswith("_hash")]
-    return pq.read_table(path, columns=columns, filters=[("split", "=", split)])
+def _read(folder: Path, name: str, split: Split | None) -> pa.Table:
+    """A table with its columns and whole texts: Parquet promises UTF-8 and does not check it."""
+    path, columns, filters = folder / f"{name}.parquet", _TABLES[name].names, None
+    if name == "samples" and split is not None:
+        columns = [column for column in columns if not column.endswith("_hash")]
+        filters = [("split", "=", split)]
+    try:
+        table = pq.read_table(path, columns=columns, filters=filters)
+        table.validate(full=True)
+        return table.select(columns).cast(pa.schema([_TABLES[name].field(column) for column in columns]))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise CatalogError(f"{path}: {error!s:.300}") from None
+
+
+def _distrust(root: Path, shards: Iterable[str]) -> str:
+    """Forget that these shards and the last build are whole, so that the next one repairs. Returns how."""
+    try:
+        (root / "cache" / INPUTS).unlink(missing_ok=True)
+        for name in shards:
+            receipt_path(root / "shards" / name).unlink(missing_ok=True)
+    except OSError:  # whoever may write there must say so
+        return f"delete {root / 'cache'} and rebuild to repair it"
+    return "rebuild to repair it"
+
+
+def _by_shard(samples: pa.Table) -> Callable[[str], list[Member]]:
+    """Of samples.parquet, what lies in a shard: objects are made of one shard at a time."""
+    encoded = samples["shard"].combine_chunks().dictionary_encode()
+    order = np.argsort(encoded.indices.to_numpy(), kind="stable")
+    starts = np.cumsum([0, *np.bincount(encoded.indices.to_numpy(), minlength=len(encoded.dictionary))])
+    numbers = {name: i for i, name in enumerate(encoded.dictionary.to_pylist())}
+    columns = samples.select(list(Member.model_fields))
+
+    def members(name: str) -> list[Member]:
+        if name not in numbers:
+            return []
+        rows = order[starts[numbers[name]] : starts[numbers[name] + 1]]
+        return [Member(**row) for row in columns.take(pa.array(rows)).to_pylist()]
+
+    return members
 
 
 def _in_use(folder: Path) -> bool:
@@ -500,11 +552,11 @@ def names_there(manifest: pa.Table) -> dict[str, str]:
     return {shard: f"{shard.removesuffix('.tar')}-{digest[:16]}.tar" for shard, digest in rows}
 
 
-def _send(remote: Remote, file: tuple[Path, str, str]) -> None:
+def _send(remote: Remote, root: Path, file: tuple[Path, str, str]) -> None:
     path, name, digest = file
     if remote.upload(path, name) != digest:
         remote.delete(name)
-        raise CatalogError(f"{path} is not what was written; rebuild to repair it")
+        raise CatalogError(f"{path} is not what was written; {_distrust(root, [path.name])}")
 
 
 def _remove_there(shards: Remote, manifests: Sequence[pa.Table], before: float) -> int:

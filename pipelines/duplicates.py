@@ -13,7 +13,7 @@ Letters: `N` images, `P` pairs, `S` side of the brightness, 32. Decisions depend
 which the caller makes canonical. No files, no time, no chance.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Protocol
 
@@ -37,7 +37,7 @@ MOST_TINT, MOST_TINT_SHARE = 1.5, 0.2  # of 256 levels of colour, plus a share o
 _INNER = 0.1  # of a side, not hashed at either end; more than any crop takes away
 _STEPS = (0.0, 0.025, 0.05)  # crops that are looked up; those between are within RADIUS of one of them
 _BANDS, _BAND_BITS = 3, 21
-_CHUNK = 1 << 15  # hashes looked up at a time: 6 MB of probes a band
+_CHUNK = 1 << 14  # hashes looked up at a time: 9 MB of probes
 _PAIRS = 1 << 20  # candidates compared at a time
 _VERIFIED = 256  # thumbnails aligned at a time: 20 MB
 _AT_FIRST = 2.0  # how much more colours may differ before pictures are aligned, which costs much more
@@ -76,66 +76,87 @@ def find_copies(hashed: Array, thumbnails: Thumbnails, held_out: Array) -> Array
     resembles and that is no copy itself. No chains: what only resembles a copy is kept.
 
     Crops are looked for between held-out images and others; among the others only what shows the whole.
-    Memory beside the arguments: 20 bytes an image and about 100 MB.
+    Memory beside the arguments: 20 bytes an image and about 100 MB, however many are alike.
     """
     copy_of = np.full(len(hashed), -1, dtype=np.int64)
     if not len(hashed):
         return copy_of
     others = np.flatnonzero(~held_out)
     index = HashIndex(hashed[others])
-    kept, lost = _leaks(index, others, np.flatnonzero(held_out), thumbnails)
-    _settle(copy_of, kept, lost)
-    _settle(copy_of, *_alike(index, others, hashed, thumbnails))
+    _leaks(copy_of, index, others, np.flatnonzero(held_out), thumbnails)
+    _alike(copy_of, index, others, hashed, thumbnails)
     return copy_of
 
 
-def _settle(copy_of: Array, first: Array, second: Array) -> None:
-    """Pairs of a row and a later or held-out one, in the order in which they are decided."""
-    for row in np.lexsort((first, second)).tolist():
-        one, other = first[row], second[row]
-        if copy_of[one] < 0 and copy_of[other] < 0:
-            copy_of[other] = one
+def _settle(copy_of: Array, one: Array, two: Array, same: Callable[[Array], Array]) -> None:
+    """Decide pairs of a row and a later or held-out one; those of all lower rows were decided before.
+
+    same    int64[n], numbers of pairs -> bool[n], whether their images show the same
+
+    A row is compared with the lowest first, and with nothing that is a copy: of N copies of one picture N
+    pairs are aligned, not N * N / 2.
+    """
+    left = np.lexsort((one, two))
+    while len(left := left[(copy_of[one[left]] < 0) & (copy_of[two[left]] < 0)]):
+        undecided = two[left]
+        heads = np.flatnonzero(np.diff(undecided, prepend=-1))
+        lowest = one[left[heads]]
+        place = np.searchsorted(undecided, lowest).clip(max=len(left) - 1)
+        heads = heads[undecided[place] != lowest]  # that will be no copies themselves
+        tried = left[heads]
+        found = tried[same(tried)]
+        copy_of[two[found]] = one[found]
+        left = np.delete(left, heads)
 
 
-def _leaks(index: "HashIndex", others: Array, held_out: Array, thumbnails: Thumbnails) -> tuple[Array, Array]:
-    """Pairs of a held-out image and another that is a copy of it, or the reverse."""
-    found = []
+def _leaks(
+    copy_of: Array, index: "HashIndex", others: Array, held_out: Array, thumbnails: Thumbnails
+) -> None:
+    """Settle pairs of a held-out image and another that is a copy of it, or the reverse."""
     per_chunk = max(1, _CHUNK // (2 * len(_CROPS)))
     for start in range(0, len(held_out), per_chunk):
         rows = held_out[start : start + per_chunk]
         variants = np.concatenate([_window_hashes(thumbnails[rows], w) for w in _CROP_WAVES], axis=1)
         both = np.stack([variants, variants ^ _MIRROR], axis=1).reshape(len(rows), -1)
-        query, other, bits = index.within(both.ravel())
-        which, way = np.divmod(query, both.shape[1])
-        mirrored, crop = np.divmod(way, len(_CROPS))
-        # of the crops under which two images look alike, the likest
-        order = np.lexsort((crop, bits, mirrored, other, which))
-        keys = np.stack([which, other, mirrored])[:, order]
-        best = order[np.flatnonzero(np.any(np.diff(keys, axis=1, prepend=-1), axis=0))]
-        one, two, side = rows[which[best]], others[other[best]], mirrored[best].astype(bool)
-        same = verify(thumbnails, two, one, side, _CROPS[crop[best]])
-        found.append((one[same], two[same]))
-    return _join(found)
+        pending = np.zeros((5, 0), dtype=np.int64)
+        for query, other, bits in index.within(both.ravel()):
+            which, way = np.divmod(query, both.shape[1])
+            pairs = np.stack([rows[which], others[other], way // len(_CROPS), bits, way % len(_CROPS)])
+            pending = _likest(np.concatenate([pending, pairs[:, copy_of[pairs[1]] < 0]], axis=1))
+            whole = pending[0] < rows[which[-1]]  # of the last one there may be more
+            _decide(copy_of, thumbnails, pending[:, whole])
+            pending = pending[:, ~whole]
+        _decide(copy_of, thumbnails, pending)
 
 
-def _alike(index: "HashIndex", others: Array, hashed: Array, thumbnails: Thumbnails) -> tuple[Array, Array]:
-    """Pairs of a lower and a higher row of `others` that show the same, mirrored or not."""
-    found = []
-    for start in range(0, len(others), _CHUNK):
-        rows = others[start : start + _CHUNK]
-        for mirrored in (False, True):
-            query, other, _ = index.within(hashed[rows] ^ (_MIRROR if mirrored else np.uint64(0)))
-            one, two = rows[query], others[other]
-            one, two = one[one < two], two[one < two]
-            side = np.full(len(one), mirrored)
-            same = verify(thumbnails, two, one, side, np.tile(_CROPS[:1], (len(one), 1)))
-            found.append((one[same], two[same]))
-    return _join(found)
+def _likest(pairs: Array) -> Array:
+    """int64[5, P] of one, two, mirrored, bits, crop: of the crops under which two look alike, the likest."""
+    one, two, mirrored, bits, crop = pairs
+    pairs = pairs[:, np.lexsort((crop, bits, mirrored, two, one))]
+    return pairs[:, np.any(np.diff(pairs[:3], axis=1, prepend=-1), axis=0)]
 
 
-def _join(found: list[tuple[Array, Array]]) -> tuple[Array, Array]:
-    none = np.zeros(0, dtype=np.int64)
-    return np.concatenate([none, *(a for a, _ in found)]), np.concatenate([none, *(b for _, b in found)])
+def _alike(copy_of: Array, index: "HashIndex", others: Array, hashed: Array, thumbnails: Thumbnails) -> None:
+    """Settle pairs of a lower and a higher row of `others` that show the same, mirrored or not."""
+    for start in range(0, len(others), _CHUNK // 2):
+        rows = others[start : start + _CHUNK // 2]
+        done = np.repeat(copy_of[rows] >= 0, 2)
+        both = np.stack([hashed[rows], hashed[rows] ^ _MIRROR], axis=1)
+        for query, other, bits in index.within(both.ravel(), done):
+            pairs = np.stack([rows[query // 2], others[other], query % 2, bits, np.zeros_like(bits)])
+            _decide(copy_of, thumbnails, pairs[:, pairs[0] < pairs[1]])
+            done[:] = np.repeat(copy_of[rows] >= 0, 2)
+
+
+def _decide(copy_of: Array, thumbnails: Thumbnails, pairs: Array) -> None:
+    """`_settle` pairs int64[5, P] of `_likest` by what they show."""
+    one, two, mirrored, _, crop = pairs
+    _settle(
+        copy_of,
+        one,
+        two,
+        lambda n: verify(thumbnails, two[n], one[n], mirrored[n].astype(bool), _CROPS[crop[n]]),
+    )
 
 
 # -------------------------------------------------------------------------------------------------- search
@@ -147,49 +168,60 @@ class HashIndex:
     def __init__(self, hashed: Array) -> None:
         """uint64[N]."""
         self._hashes = np.ascontiguousarray(hashed, dtype=np.uint64)
-        self._bands = []
+        self._order = np.empty((_BANDS, len(hashed)), dtype=np.int32)
+        self._starts = np.zeros((_BANDS, _ENDS), dtype=np.int32)
         for band in range(_BANDS):
             keys = _band(self._hashes, band)
-            starts = np.zeros((1 << _BAND_BITS) + 1, dtype=np.int32)
-            np.cumsum(np.bincount(keys, minlength=1 << _BAND_BITS), out=starts[1:])
-            self._bands.append((np.argsort(keys, kind="stable").astype(np.int32), starts))
+            self._order[band] = np.argsort(keys, kind="stable")
+            np.cumsum(np.bincount(keys, minlength=_ENDS - 1), out=self._starts[band, 1:])
+            self._starts[band] += band * len(hashed)
 
-    def within(self, queries: Array) -> tuple[Array, Array, Array]:
+    def within(self, queries: Array, done: Array | None = None) -> Iterator[tuple[Array, Array, Array]]:
         """uint64[M] -> (query, row, bits): every pair that differs in at most `RADIUS` bits, once.
 
-        Exact: where 5 bits are spread over 3 bands, one band has at most one of them.
+        In pieces, by query. The caller may set what is `done`, bool[M], meanwhile: such queries are passed
+        over from the next piece on. Exact: where 5 bits are spread over 3 bands, one band has at most one.
         """
-        found = [self._chunk(queries, start) for start in range(0, len(queries), _CHUNK)]
-        if not found:
-            return (np.zeros(0, dtype=np.int64),) * 3
-        query, row, bits = (np.concatenate(column) for column in zip(*found, strict=True))
-        return query, row, bits
-
-    def _chunk(self, queries: Array, start: int) -> tuple[Array, Array, Array]:
-        part = queries[start : start + _CHUNK]
-        pairs, distances = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-        for band, (order, starts) in enumerate(self._bands):
-            probes = _band(part, band)[:, None] ^ _FLIPS
-            for probe, place in _ranges(starts[probes].ravel(), starts[probes + 1].ravel()):
-                query, row = probe // len(_FLIPS), order[place]
-                bits = np.bitwise_count(part[query] ^ self._hashes[row])
-                near = bits <= RADIUS
-                pairs.append(query[near] * len(self._hashes) + row[near])
-                distances.append(bits[near].astype(np.int64))
-        unique, first = np.unique(np.concatenate(pairs), return_index=True)
-        query, row = np.divmod(unique, max(1, len(self._hashes)))
-        return query + start, row, np.concatenate(distances)[first]
+        done = np.zeros(len(queries), dtype=bool) if done is None else done
+        for start in range(0, len(queries), _CHUNK):
+            part = queries[start : start + _CHUNK]
+            keys = np.stack([_band(part, band) for band in range(_BANDS)], axis=1)
+            probes = ((keys[:, :, None] ^ _FLIPS) + np.arange(_BANDS)[:, None] * _ENDS).ravel()
+            ranges = self._starts.ravel()[probes], self._starts.ravel()[probes + 1]
+            for probe, place in _ranges(*ranges, done[start : start + _CHUNK]):
+                query, band = probe // _PROBES, probe % _PROBES // len(_FLIPS)
+                row = self._order.ravel()[place]
+                differ = part[query] ^ self._hashes[row]
+                bits = np.bitwise_count(differ)
+                near = np.flatnonzero(bits <= RADIUS)
+                for earlier in range(_BANDS - 1):  # it was found there already
+                    known = np.bitwise_count(_band(differ[near], earlier)) <= 1
+                    near = near[~(known & (band[near] > earlier))]
+                if len(near):
+                    yield query[near] + start, row[near].astype(np.int64), bits[near].astype(np.int64)
 
 
-def _ranges(starts: Array, ends: Array) -> Iterator[tuple[Array, Array]]:
-    """Every place of every range beside the number of its range, about `_PAIRS` places at a time."""
+def _ranges(starts: Array, ends: Array, done: Array) -> Iterator[tuple[Array, Array]]:
+    """Every place of every range beside the number of its range, about `_PAIRS` places at a time.
+
+    done    of every `_PROBES` ranges, whether their places are not wanted any more
+    """
     filled = np.flatnonzero(ends > starts)
     starts, sizes = starts[filled].astype(np.int64), (ends - starts)[filled].astype(np.int64)
     totals = np.concatenate([[0], np.cumsum(sizes)])
-    for low in range(0, int(totals[-1]), _PAIRS):
-        place = np.arange(low, min(low + _PAIRS, int(totals[-1])))
-        which = np.searchsorted(totals, place, side="right") - 1
-        yield filled[which], starts[which] + place - totals[which]
+    shifts = starts - totals[:-1]
+    low = 0
+    while low < totals[-1]:
+        at = int(np.searchsorted(totals, low, side="right")) - 1
+        wanted = ~done[filled[at:] // _PROBES]
+        if not wanted.any():
+            return
+        low = max(low, int(totals[at + wanted.argmax()]))
+        high = min(low + _PAIRS, int(totals[-1]))
+        last = int(np.searchsorted(totals, high))
+        which = np.repeat(np.arange(at, last), np.diff(totals[at : last + 1].clip(low, high)))
+        yield filled[which], shifts[which] + np.arange(low, high)
+        low = high
 
 
 def _band(hashed: Array, band: int) -> Array:
@@ -197,6 +229,8 @@ def _band(hashed: Array, band: int) -> Array:
 
 
 _FLIPS = np.array([0, *(1 << bit for bit in range(_BAND_BITS))])
+_PROBES = _BANDS * len(_FLIPS)  # ranges a query
+_ENDS = (1 << _BAND_BITS) + 1  # of the values of a band, where each begins and the last one ends
 
 
 # ------------------------------------------------------------------------------------------------ the hash

@@ -130,15 +130,21 @@ def _row_group(path: str, mtime_ns: int, row: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=2)  # neighbours share a row group; more would hold several of them in memory
 def _group_column(path: str, mtime_ns: int, group: int, column: str) -> pa.ChunkedArray | None:
-    file = _parquet(path, mtime_ns)
-    row_group = file.metadata.row_group(group)
-    chunks = [row_group.column(i) for i in range(row_group.num_columns)]
-    wanted = [c for c in chunks if c.path_in_schema == column or c.path_in_schema.startswith(f"{column}.")]
-    if sum(c.total_uncompressed_size for c in wanted) > MAX_GROUP_BYTES:
-        raise PlaceError(f"{path}: row group {group} of {column!r} is larger than {MAX_GROUP_BYTES} bytes")
     try:
+        file = _parquet(path, mtime_ns)
+        row_group = file.metadata.row_group(group)
+        chunks = [row_group.column(i) for i in range(row_group.num_columns)]
+        wanted = [
+            c for c in chunks if c.path_in_schema == column or c.path_in_schema.startswith(f"{column}.")
+        ]
+        if sum(c.total_uncompressed_size for c in wanted) > MAX_GROUP_BYTES:
+            raise PlaceError(
+                f"{path}: row group {group} of {column!r} is larger than {MAX_GROUP_BYTES} bytes"
+            )
         return column_of(file.read_row_group(group, columns=[column]), column)
-    except (pa.ArrowException, OSError) as error:
+    except PlaceError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
         raise PlaceError(f"{path}: row group {group} cannot be read: {error!s:.200}") from None
 
 

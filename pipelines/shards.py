@@ -7,8 +7,9 @@ share a shard (planning.py), or decodes them for training (stream.py).
 
 import hashlib
 import json
+import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from schemas.tasks import STREAM_FIELDS, Stream
 
 MAX_SEGMENTS = 65535  # a 16-bit index map
 _BLOCK = tarfile.BLOCKSIZE
+_CHUNK = 2**22  # bytes; chosen by us
 
 
 class ShardError(ValueError):
@@ -125,6 +127,30 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def misplaced(chunks: Iterable[bytes], digest: str, members: Sequence[Member]) -> str:
+    """What is wrong with the bytes of a shard that should have this SHA-256 and hold these, or nothing."""
+    edges = sorted({edge for m in members for edge in (m.offset, m.offset + m.size_bytes) if edge > 0})
+    whole, part, at = hashlib.sha256(), hashlib.sha256(), 0
+    found, first, left = {}, 0, iter(edges)
+    edge = next(left, None)
+    for chunk in chunks:
+        whole.update(chunk)
+        data = memoryview(chunk)
+        while edge is not None and edge <= at + len(data):
+            part.update(data[: edge - at])
+            found[first, edge] = part.hexdigest()
+            data, at, first, part = data[edge - at :], edge, edge, hashlib.sha256()
+            edge = next(left, None)
+        part.update(data)
+        at += len(data)
+    if whole.hexdigest() != digest:
+        return "its bytes changed"
+    for m in members:
+        if found.get((m.offset, m.offset + m.size_bytes)) != m.sha256:
+            return f"sample {m.key} is not the {m.size_bytes} bytes from byte {m.offset}"
+    return ""
+
+
 def meta_json(meta: SampleMeta) -> bytes:
     """The one way a description is written: sorted keys, no spaces, UTF-8."""
     return json.dumps(
@@ -189,17 +215,26 @@ def receipt_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}.json")
 
 
-def intact(shard: Path, *, trusted: bool = False) -> Receipt | None:
-    """The receipt of a shard whose bytes are still what was written; None where it must be written.
-
-    trusted    its stamp says that nobody touched it since it was hashed
-    """
+def receipt_of(shard: Path) -> Receipt | None:
+    """What was written beside a shard; None where it cannot be read. `intact` tells whether it is true."""
     try:
-        receipt = Receipt.model_validate_json(receipt_path(shard).read_bytes())
-        whole = receipt.shard == shard.name and (trusted or receipt.sha256 == file_sha256(shard))
+        return Receipt.model_validate_json(receipt_path(shard).read_bytes())
     except (OSError, ValidationError):
         return None
-    return receipt if whole else None
+
+
+def intact(shard: Path, keys: Sequence[str]) -> Receipt | None:
+    """The receipt of a shard that holds these samples, each at its place; None where it must be written."""
+    found = receipt_of(shard)
+    if found is None or found.shard != shard.name or [member.key for member in found.members] != keys:
+        return None
+    try:
+        with shard.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            wrong = misplaced(iter(lambda: file.read(_CHUNK), b""), found.sha256, found.members)
+    except OSError:
+        return None
+    return None if wrong or size_bytes != found.size_bytes else found
 
 
 def _sha256(data: bytes) -> str:

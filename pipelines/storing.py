@@ -14,11 +14,13 @@ from pipelines.facts import stamp
 from pipelines.joining import ENTRY
 from pipelines.parallel import WorkerError, each
 from pipelines.planning import LightSamples, Plan
-from pipelines.shards import Receipt, intact, receipt_path, shard_name, write
+from pipelines.shards import Receipt, file_sha256, intact, receipt_of, receipt_path, shard_name, write
 from pipelines.spool import gather, mapped
 from schemas.jobs import BuildConfig
 from schemas.records import MANIFEST, SAMPLES, Record, Split
 from schemas.tasks import Stream
+
+Stamps = Mapping[str, list[int | str] | None]
 
 
 class StoreOrder(Record):
@@ -46,19 +48,18 @@ def store(order: StoreOrder) -> StoreReport:
 
     Raises `ShardError` where a file changed since it was inspected, `OSError` where the disk refuses.
     """
-    folder = Path(order.folder)
-    receipt, written = intact(folder / order.name), False
-    if receipt is None:
-        work = Path(order.work)
-        places = mapped(work / "plan.arrow").slice(order.first, order.stop - order.first)
-        files = [work / f"entries-{part:04d}.arrow" for part in range(order.num_parts)]
-        found = gather(files, places["part"].to_numpy(), places["row"].to_numpy(), ["document"])
+    folder, work = Path(order.folder), Path(order.work)
+    places = mapped(work / "plan.arrow").slice(order.first, order.stop - order.first)
+    files = [work / f"entries-{part:04d}.arrow" for part in range(order.num_parts)]
+    found = gather(files, places["part"].to_numpy(), places["row"].to_numpy(), ["key", "document"])
+    there, written = intact(folder / order.name, found["key"].to_pylist()), False
+    if there is None:
         entries = [ENTRY.validate_json(document) for document in found["document"].to_pylist()]
-        receipt, written = write(order.name, entries, folder), True
+        there, written = write(order.name, entries, folder), True
     return StoreReport(
         name=order.name,
-        num_samples=len(receipt.members),
-        size_bytes=receipt.size_bytes,
+        num_samples=len(there.members),
+        size_bytes=there.size_bytes,
         written=written,
     )
 
@@ -110,15 +111,15 @@ class Shelf:
             weigh=lambda report: report.num_samples,
             total=sum(order.stop - order.first for order in orders),
         ):
-            receipts[report.name] = intact(self.folder / report.name, trusted=True)
+            receipts[report.name] = receipt_of(self.folder / report.name)
             if report.written:
                 written.add(report.name)
         stored = []
         for name, kind in zip(names, kinds, strict=True):
-            receipt = receipts[name]
-            if receipt is None:
+            there = receipts[name]
+            if there is None:
                 raise WorkerError(f"shard {name} vanished while the build ran")
-            stored.append(Stored(kind=kind, receipt=receipt, written=name in written))
+            stored.append(Stored(kind=kind, receipt=there, written=name in written))
         self._remember(names)
         return stored
 
@@ -127,10 +128,10 @@ class Shelf:
         paths = [self.folder / shard.receipt.shard for shard in stored]
         return [*paths, *map(receipt_path, paths)]
 
-    def _untouched(self, name: str, known: Mapping[str, list[int] | None]) -> Receipt | None:
+    def _untouched(self, name: str, known: Stamps) -> Receipt | None:
         then = known.get(name)
         whole = then is not None and then == _stamp(self.folder / name)
-        return intact(self.folder / name, trusted=True) if whole else None
+        return receipt_of(self.folder / name) if whole else None
 
     def _remember(self, names: Sequence[str]) -> None:
         """These are whole now; all others are forgotten. Writes nothing where nothing changed."""
@@ -179,14 +180,15 @@ def samples_table(samples: LightSamples, planned: Plan, stored: Sequence[Stored]
     return table.take(pa.array(np.argsort(samples.rank[planned.order]))).combine_chunks()
 
 
-def _stamp(shard: Path) -> list[int] | None:
+def _stamp(shard: Path) -> list[int | str] | None:
+    """Of the shard its size and times, of its receipt, which the next version will repeat, every byte."""
     try:
-        return list(stamp(str(shard)))
+        return [*stamp(str(shard)), file_sha256(receipt_path(shard))]
     except OSError:
         return None
 
 
-def _read(path: Path) -> Mapping[str, list[int] | None]:
+def _read(path: Path) -> Stamps:
     try:
         known = json.loads(path.read_bytes())
     except (OSError, ValueError):

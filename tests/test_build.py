@@ -25,12 +25,14 @@ from assembled import curated
 from PIL import Image
 
 from pipelines.build import BuildError, BuildReport, build
-from pipelines.catalog import Catalog
+from pipelines.catalog import Catalog, CatalogError
 from pipelines.corpora.rows import CorpusError, Row
 from pipelines.curate import sample_key
+from pipelines.facts import stamp
 from pipelines.inspection import Facts, inspect
 from pipelines.labels import Region, regions_of, runs_of
 from pipelines.planning import Plan, plan
+from pipelines.remote import Remote
 from pipelines.stream import read_samples
 from schemas.jobs import BuildConfig, CorpusConfig
 from schemas.records import SampleMeta, Segment, Source
@@ -177,6 +179,78 @@ def test_a_damaged_shard_is_repaired_by_a_rebuild(
     report = build(demo_corpora, CONFIG, catalog)
     assert report.shards_written == 1 and not report.new
     assert hashes(catalog) == whole
+    catalog.open().verify()
+
+
+def rot(path: Path, catalog: Catalog) -> None:
+    """Flip a bit; what is remembered of the file becomes what it is now, as if its times had not changed."""
+    whole, before = path.read_bytes(), stamp(str(path))
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    for memory in catalog.cache.glob("*.json"):
+        text = memory.read_text()
+        for then, now in zip(before, stamp(str(path)), strict=True):
+            text = text.replace(str(then), str(now))
+        memory.write_text(text)
+
+
+@pytest.mark.parametrize("name", ["*.tar", "manifest.parquet", "samples.parquet"])
+def test_what_rotted_unseen_is_not_sent_and_repaired_by_the_next_build(
+    demo_corpora: tuple[CorpusConfig, ...], tmp_path: Path, name: str
+) -> None:
+    remote = Remote.at(f"file://{tmp_path}/there")
+    catalog = Catalog(tmp_path / "here", "demo", remote)
+    build(demo_corpora, CONFIG, catalog)
+    rot(sorted(catalog.root.rglob(name))[0], catalog)
+    for lost in remote.list():
+        if lost != "current.json":
+            remote.delete(lost)
+    with pytest.raises(CatalogError, match="rebuild to repair it"):
+        build(demo_corpora, CONFIG, catalog)
+    build(demo_corpora, CONFIG, catalog)
+    catalog.open().verify()
+
+
+@pytest.mark.parametrize("name", ["*.tar", "samples.parquet", "dataset.json"])
+def test_what_rots_unseen_is_repaired_by_a_rebuild_once_it_is_found(
+    demo_corpora: tuple[CorpusConfig, ...], tmp_path: Path, name: str
+) -> None:
+    """Bytes change, sizes and times do not."""
+    catalog = Catalog(tmp_path, "demo")
+    first = build(demo_corpora, CONFIG, catalog)
+    path = sorted(catalog.root.rglob(name))[0]
+    whole = path.read_bytes()
+    rot(path, catalog)
+    with pytest.raises(CatalogError, match="rebuild to repair it"):
+        catalog.open().verify()
+    report = build(demo_corpora, CONFIG, catalog)
+    assert (report.version, report.new, report.shards_written) == (
+        first.version,
+        False,
+        path.suffix == ".tar",
+    )
+    assert path.read_bytes() == whole
+    catalog.open().verify()
+
+
+@pytest.mark.parametrize("field", ["key", "offset", "size_bytes", "sha256"])
+@pytest.mark.parametrize("stamped", [True, False])
+def test_a_receipt_that_changed_is_not_repeated(
+    demo_corpora: tuple[CorpusConfig, ...], tmp_path: Path, field: str, stamped: bool
+) -> None:
+    """Its shard is written again, whether or not the memory of shards is there."""
+    catalog = Catalog(tmp_path, "demo")
+    first = build(demo_corpora, CONFIG, catalog)
+    receipt = sorted(catalog.shards_root.glob("*.tar.json"))[0]
+    whole = receipt.read_bytes()
+    said = json.loads(whole)
+    member = said["members"][2]
+    member[field] = member[field] + 512 if isinstance(member[field], int) else member[field][::-1]
+    receipt.write_text(json.dumps(said))
+    if not stamped:
+        (catalog.cache / "shards.json").unlink()
+    again = build(demo_corpora, CONFIG, catalog)
+    assert (again.version, again.shards_written) == (first.version, 1)
+    assert receipt.read_bytes() == whole
     catalog.open().verify()
 
 

@@ -10,6 +10,7 @@ from typing import get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL_SHARDS
 
@@ -73,6 +74,22 @@ def test_one_flipped_bit_is_found_in_every_file(catalog: Catalog, place: float) 
     version.verify()
 
 
+@pytest.mark.parametrize("column", ["offset", "size_bytes", "sha256"])
+def test_a_sample_that_is_not_where_the_table_says_is_found(catalog: Catalog, column: str) -> None:
+    """Though the table is the one that was published."""
+    base = catalog.open()
+    at, row = SAMPLES.get_field_index(column), base.samples.slice(3, 1).to_pylist()[0]
+    values = base.samples[column].to_pylist()
+    values[3] = values[3][::-1] if column == "sha256" else values[3] ^ 1
+    samples = base.samples.set_column(at, SAMPLES.field(at), pa.array(values, SAMPLES.field(at).type))
+    card = base.card.model_copy(
+        update={"version": content_id(base.card, base.manifest, samples, base.rejects)}
+    )
+    catalog.publish(card, base.manifest, samples, base.rejects)
+    with pytest.raises(CatalogError, match=rf"{row['shard']}: sample {row['key']} is not the \d+ bytes"):
+        catalog.open().verify()
+
+
 def test_a_file_that_nobody_wrote_is_found(catalog: Catalog) -> None:
     version = catalog.open()
     (version.folder / "more.parquet").write_bytes(b"")
@@ -86,6 +103,24 @@ def test_every_missing_shard_is_named(catalog: Catalog) -> None:
         (catalog.shards_root / name).unlink()
     with pytest.raises(CatalogError, match=f"(?s){names[0]}.*{names[1]}"):
         catalog.open().verify()
+
+
+def test_damage_is_told_where_nothing_can_be_written(catalog: Catalog) -> None:
+    """Then what is remembered of the shards cannot be forgotten, and the message says what to do."""
+    (shard, *_) = catalog.shards_root.glob("*.tar")
+    shard.write_bytes(shard.read_bytes()[::-1])
+    (catalog.cache / "inputs.json").unlink()
+    (catalog.cache / "inputs.json").mkdir()
+    with pytest.raises(
+        CatalogError, match=f"(?s)delete {catalog.cache} and rebuild to repair it.*{shard.name}"
+    ):
+        catalog.open().verify()
+
+
+def test_a_version_that_nobody_finished_is_none(catalog: Catalog) -> None:
+    folder = catalog.open().folder
+    shutil.copytree(folder, folder.with_name(".0123456789abcdef.tmp"))
+    assert catalog.versions() == (folder.name,)
 
 
 def test_tables_that_were_edited_are_found(demo_dataset: DatasetVersion) -> None:
@@ -162,6 +197,22 @@ def test_a_damaged_file_of_the_catalog_is_an_error_that_names_it(catalog: Catalo
     path = (catalog.root / "versions" / str(catalog.current()) / file).resolve()
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CatalogError, match=str(path if "current" in file else path.parent)):
+        catalog.open()
+
+
+@pytest.mark.parametrize(
+    "old, new", [(b"copy_of", b"c\xffpy_of"), (b"copy_of", b"cope_of"), (b"demo", b"d\xffmo")]
+)
+def test_texts_and_names_that_changed_in_a_table_are_an_error_that_names_it(
+    catalog: Catalog, old: bytes, new: bytes
+) -> None:
+    """Parquet reads them; "demo" is the beginning of keys."""
+    path = catalog.root / "versions" / str(catalog.current()) / "samples.parquet"
+    pq.write_table(pq.read_table(path), path, compression="none")
+    whole = path.read_bytes()
+    assert old in whole
+    path.write_bytes(whole.replace(old, new))
+    with pytest.raises(CatalogError, match=str(path)):
         catalog.open()
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipelines.corpora import gathering, visual_genome
+from pipelines.corpora.gathering import Gathered
 from pipelines.corpora.readers import READERS, read, taxonomies
 from pipelines.corpora.rows import CorpusError, Row
 from pipelines.places import holder
@@ -867,3 +870,59 @@ def test_every_real_instance_can_be_referred_to(tmp_path: Path) -> None:
     rows, rejects = both(corpus(tmp_path, "refcoco", parts=("testA",)))
     assert not rejects and len(rows) == len({a["image_id"] for a in official})
     assert sum(len(row.referring) for row in rows) == len(official)
+
+
+# ------------------------------------------------------------------------------------ memory of the readers
+
+
+def test_what_is_said_of_an_image_is_brought_together_in_the_order_of_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = [("b.jpg", "two dogs"), ("a\udcff.jpg", "ein Käfer"), ("b.jpg", "", "a dog"), ("c.jpg", "x")]
+    expected = [("b.jpg", ["two dogs", "", "a dog"]), ("a\udcff.jpg", ["ein Käfer"]), ("c.jpg", ["x"])]
+    gathered, one_hash = Gathered(), Gathered()
+    for record in said:
+        gathered.add(*record)
+    monkeypatch.setattr(gathering, "hash64", lambda data: 7)
+    for record in said:
+        one_hash.add(*record)
+    assert list(gathered) == list(one_hash) == expected
+    assert list(Gathered()) == []
+
+
+def test_a_record_takes_its_bytes_and_little_more() -> None:
+    """A Python text alone has 49 bytes beside its characters; a dictionary of lists took 500 a record."""
+    gathered, count = Gathered(), 50_000
+    tracemalloc.start()
+    for i in range(count):
+        gathered.add(f"{i:020}.jpg", "a photograph of a thing that stands in a field")
+    assert sum(len(texts) for _, texts in gathered) == count
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < count * 180
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_a_list_is_read_in_pieces_as_it_is_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(visual_genome, "CHUNK", chunk)
+    path = tmp_path / "list.json"
+    for text in (' [ {"a": [1, {"b": "]}"}]} ,\n12345 , -1.5e3, "ä😀", null,[]] \n', "[]", " [ ] ", "[3]"):
+        path.write_text(text, encoding="utf-8")
+        assert list(visual_genome._elements(path)) == json.loads(text)
+    for text in (
+        '[{"a": 1}',
+        '[{"a": 1} {"b": 2}]',
+        '[{"a": 1},]',
+        "[1] 2",
+        '[{"a"',
+        "",
+        "[",
+        '{"a": 1}',
+        "[,]",
+        "]",
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="character"):
+            list(visual_genome._elements(path))

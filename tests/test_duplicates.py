@@ -1,5 +1,6 @@
 """Copies are found whatever was done to them, pictures that are only alike are not, and order is nothing."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def test_every_hash_within_the_radius_is_found_and_no_other() -> None:
     hashed = chance.integers(0, 2**63, 300, dtype=np.uint64)
     flips = [chance.choice(63, RADIUS + i % 2, replace=False) for i in range(300)]
     queries = hashed ^ np.array([sum(1 << int(bit) for bit in bits) for bits in flips], dtype=np.uint64)
-    query, row, bits = HashIndex(hashed).within(queries)
+    query, row, bits = joined(HashIndex(hashed).within(queries))
     plain = np.bitwise_count(queries[:, None] ^ hashed)
     expected = np.nonzero(plain <= RADIUS)
     assert len(query) >= 150
@@ -40,14 +41,30 @@ def test_every_hash_within_the_radius_is_found_and_no_other() -> None:
     assert (bits == plain[query, row]).all()
 
 
+def joined(pieces: Iterable[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
+    query, row, bits = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    order = np.lexsort((row, query))
+    return query[order], row[order], bits[order]
+
+
 def test_equal_hashes_of_many_images_are_compared_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = np.zeros(300, dtype=np.uint64)
-    whole = HashIndex(hashed).within(hashed)
+    whole = joined(HashIndex(hashed).within(hashed))
     monkeypatch.setattr(duplicates, "_PAIRS", 1000)
     monkeypatch.setattr(duplicates, "_CHUNK", 64)
-    pieces = HashIndex(hashed).within(hashed)
+    pieces = list(HashIndex(hashed).within(hashed))
+    assert max(len(query) for query, _, _ in pieces) <= 1000
     assert len(whole[0]) == 300**2
-    assert all((a == b).all() for a, b in zip(whole, pieces, strict=True))
+    assert all((a == b).all() for a, b in zip(whole, joined(pieces), strict=True))
+
+
+def test_what_is_done_is_not_looked_up_from_the_next_piece_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "_PAIRS", 900)
+    hashed, done, asked = np.zeros(300, dtype=np.uint64), np.zeros(300, dtype=bool), []
+    for query, _, _ in HashIndex(hashed).within(hashed, done):
+        asked += np.unique(query).tolist()
+        done[1:299] = True
+    assert asked == [0, 299]
 
 
 # ---------------------------------------------------------------------------------------- what is a copy
@@ -190,11 +207,51 @@ def test_what_only_resembles_a_copy_is_no_copy() -> None:
     def settled(pairs: list[tuple[int, int]]) -> list[int]:
         copy_of = np.full(3, -1, dtype=np.int64)
         one, two = np.array(pairs).T
-        duplicates._settle(copy_of, one, two)
+        duplicates._settle(copy_of, one, two, lambda tried: np.ones(len(tried), dtype=bool))
         return copy_of.tolist()
 
     assert settled([(0, 1), (1, 2)]) == settled([(1, 2), (0, 1)]) == [-1, 0, -1]
     assert settled([(0, 2), (1, 2)]) == settled([(1, 2), (0, 2)]) == [-1, -1, 0]
+
+
+@pytest.mark.parametrize("pieces", [1 << 20, 500])
+@pytest.mark.parametrize("held_out", [0, 7])
+def test_many_pictures_of_one_hash_are_settled_as_if_all_pairs_were_compared(
+    monkeypatch: pytest.MonkeyPatch, held_out: int, pieces: int
+) -> None:
+    """Likeness is made up here, and is not transitive."""
+    count, chance = 120, np.random.default_rng(0)
+    alike = np.triu(chance.random((count, count)) < 0.1, 1)
+    compared = []
+
+    def verify(thumbnails: Array, one: Array, two: Array, mirrored: Array, maps: Array) -> Array:
+        compared.extend(zip(two.tolist(), one.tolist(), strict=True))
+        return (alike | alike.T)[one, two] & ~mirrored
+
+    monkeypatch.setattr(duplicates, "verify", verify)
+    monkeypatch.setattr(duplicates, "_PAIRS", pieces)
+    seen = np.repeat(looks(pictures(1)), count, axis=0)
+    is_held = np.isin(np.arange(count), chance.permutation(count)[:held_out])
+    expected = np.full(count, -1)
+    for other in np.flatnonzero(~is_held).tolist():
+        leaks = np.flatnonzero(is_held & (alike | alike.T)[other])
+        expected[other] = leaks[0] if len(leaks) else -1
+    for other in np.flatnonzero(expected < 0).tolist():
+        lower = np.flatnonzero(~is_held & (expected < 0) & alike[:, other])
+        if not is_held[other] and len(lower):
+            expected[other] = lower[0]
+    assert find_copies(hashes(seen), seen, is_held).tolist() == expected.tolist()
+    assert len(compared) == len(set(compared))
+
+
+def test_copies_of_one_picture_are_each_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many: with all others they are equal to, it would be hours for ten thousand."""
+    aligned, verify = [], duplicates.verify
+    monkeypatch.setattr(duplicates, "verify", lambda *of: aligned.append(len(of[1])) or verify(*of))
+    seen = np.repeat(looks(pictures(1)), 3000, axis=0)
+    assert find_copies(hashes(seen), seen, np.zeros(3000, bool)).tolist() == [-1] + [0] * 2999
+    assert find_copies(hashes(seen), seen, np.arange(3000) == 5).tolist() == [5] * 5 + [-1] + [5] * 2994
+    assert sum(aligned) == 2 * 2999
 
 
 @pytest.mark.parametrize("held_out", [0, 3])

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import tarfile
 import tracemalloc
@@ -527,6 +528,21 @@ def test_a_bit_flipped_parquet_is_an_error_or_rejects(tmp_path: Path) -> None:
             assert found.num_read >= 1
         except CorpusError as error:
             assert "t.parquet" in str(error)
+
+
+def test_names_in_a_parquet_that_are_no_text_are_an_error_or_rejects(tmp_path: Path) -> None:
+    """Every column is named twice in the footer, and each name is read at another time."""
+    images = [jpeg(pixels(i)) for i in range(2)]
+    pq.write_table(pa.table({"image": images, "caption": list("ab")}), tmp_path / "t.parquet")
+    whole = (tmp_path / "t.parquet").read_bytes()
+    first, second = (found.start() for found in re.finditer(b"caption", whole))
+    for at, what in ((first, "t.parquet"), (second, "unreadable")):
+        (tmp_path / "t.parquet").write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+        try:
+            found = outcome(World(tmp_path).config(format="captions_table", annotations="t.parquet"))
+            assert found.reasons == [what] * 2
+        except CorpusError as error:
+            assert what in str(error)
 
 
 def test_forged_offsets_in_an_arrow_file_are_one_error(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ has no quoting, a CSV has RFC 4180's. Settings used: `images`, `annotations`, `i
 """
 
 import csv
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,12 @@ import pyarrow as pa
 from pipelines import places
 from pipelines.corpora import licences
 from pipelines.corpora.files import data_file, matching, texts
+from pipelines.corpora.gathering import Gathered
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
 
+_BEHIND_LICENCE = "\x1f"  # which Python takes for a space
 MAX_FIELD = 2**24  # characters of a cell of a CSV; chosen by us, so that a quote left open fills no memory
 # how a reject names it; its image, as a path or found already, or why there is none; its caption; its licence
 Record = tuple[str, Any, Any, Any]
@@ -49,7 +52,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
         raise CorpusError(
             f"corpus {corpus.name!r} (captions_table): set `annotations` to a file or a pattern"
         )
-    captions: dict[_Found, list[str]] = {}
+    root, captions = os.path.realpath(corpus.root), Gathered()
     for path in matching(corpus, corpus.annotations):
         if path.suffix not in KINDS:
             raise CorpusError(f"{path}: a table ends in one of {', '.join(KINDS)}")
@@ -63,11 +66,18 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 if sentences and isinstance(image, _Found):
                     yield _row(corpus, replace(image, licence=licence), sentences.values())
                 elif sentences:
-                    captions.setdefault(_file(corpus, image, licence), []).extend(sentences.values())
+                    captions.add(_named(_file(corpus, image), licence), *sentences.values())
             except Refusal as refusal:
                 yield refuse(corpus, name, refusal)
-    for found, gathered in captions.items():
+    for name, gathered in captions:
+        licence, _, file = name.partition(_BEHIND_LICENCE)
+        found = _Found(place=os.path.join(root, file), file=file, image_id=file, licence=licence)
         yield _row(corpus, found, gathered)
+
+
+def _named(file: str, licence: str) -> str:
+    """Lines that state one licence of a file are gathered: of the licence every space is one blank."""
+    return f"{' '.join(licence.split())}{_BEHIND_LICENCE}{file}"
 
 
 def _row(corpus: CorpusConfig, found: _Found, captions: Iterable[str]) -> Row:
@@ -85,11 +95,10 @@ def _row(corpus: CorpusConfig, found: _Found, captions: Iterable[str]) -> Row:
     )
 
 
-def _file(corpus: CorpusConfig, name: Any, licence: str) -> _Found:
+def _file(corpus: CorpusConfig, name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise Refusal("record", f"the image is {name!r:.80}, not a path")
-    path, file = data_file(corpus, corpus.images, name, "no-image")
-    return _Found(place=path, file=file, image_id=file, licence=licence)
+    return data_file(corpus, corpus.images, name, "no-image")[1]
 
 
 def _sentences(said: Any) -> list[str]:
