@@ -178,7 +178,7 @@ class XDecoder(nn.Module):
         logits = self.pixel_logits(prediction, pixels, images, classes)
         count = logits.shape[1]
         sure = torch.eye(count, count + 1, device=logits.device)
-        return sure.expand(len(logits), -1, -1), logits.log_softmax(1)
+        return sure.expand(logits.shape[0], -1, -1), logits.log_softmax(1)
 
     def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
         """Any texts, for inference; training encodes all texts of a step in one pass
