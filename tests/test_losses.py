@@ -3,6 +3,7 @@ ranks the same as on one.
 """
 
 import datetime
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -348,6 +349,29 @@ def test_fine_contrast_equals_its_formula() -> None:
 
 
 # ------------------------------------------------------------------------------------- whole requests
+
+
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+def test_half_precision_does_not_round_what_is_scaled(scale: float) -> None:
+    """Of similar names, as trained encoders give: bfloat16 knows no more than 0.4 of a logit near 100."""
+    of = model(no_object=None).requires_grad_(False)
+    of.log_scale.fill_(math.log(scale))
+    meaning, names = (noise(n, 32, seed=n) * 0.6 + noise(32, seed=1) for n in (20, 30))
+    captions = features(tokenize(["a red square", "on grass", "a dog in the park"], 20))
+    pairs = noise(2, 3, 32, seed=3).mul(0.3).add(noise(32)).requires_grad_()
+
+    def found(half: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = of.similarity(meaning, names), of.class_logits(meaning, names)
+            infonce = losses._contrast(*F.normalize(pairs, dim=-1), torch.tensor(scale))
+            fine = losses.fine_contrast(pairs.transpose(0, 1), captions, torch.tensor(scale))
+        gradients = [torch.autograd.grad(loss, pairs)[0] for loss in (infonce, fine)]
+        return [*logits, infonce, fine, *gradients]
+
+    for half, whole in zip(found(True), found(False), strict=True):
+        assert half.equal(whole)
+    known = [x.bfloat16() for x in (meaning, names)]  # as the layers before hand them on
+    assert of.similarity(*known).equal(of.similarity(*(x.float() for x in known)))
 
 
 def scene_of(of: XDecoder, batch: Batch, **loss: float) -> Scene:

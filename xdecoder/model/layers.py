@@ -81,6 +81,20 @@ class Mlp(nn.Sequential):
         super().__init__(*parts)
 
 
+def unit(x: Tensor) -> Tensor:
+    """The direction of each row, in float32: float[..., D] -> float32[..., D]."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 also under autocast: a scale of 100 turns bfloat16's rounding of a cosine into other
+    classes.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        found: Tensor = a.float() @ b.float()
+    return found
+
+
 def matrix(inputs: int, outputs: int) -> nn.Linear:
     """A projection without bias, truncated normal 0.02 (X-Decoder, 1.5)."""
     linear = nn.Linear(inputs, outputs, bias=False)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from schemas.jobs import LossConfig
 from schemas.tasks import TASKS
 from xdecoder.model.decoder import Outputs, Pixels, Prediction
+from xdecoder.model.layers import product, unit
 from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import MAX_SCALE, XDecoder
 from xdecoder.prompts import END, PAD, VOCABULARY_SIZE
@@ -264,7 +265,7 @@ def query_text_loss(queries: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor
     Cross-entropy of rows plus that of columns, no half (OneFormer, 1.8); zero for a single image in all.
     """
     scale = log_scale.exp().clamp(max=MAX_SCALE)
-    q, t = (F.normalize(x.flatten(1), dim=-1) for x in (queries, texts))
+    q, t = (unit(x.flatten(1)) for x in (queries, texts))
     return 2 * _contrast(q, t, scale)
 
 
@@ -355,15 +356,14 @@ def retrieval(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     3.8).
     """
     outputs = scene.model.ask(scene.pixels, "segmentation", work.images, _tasks(scene, work))
-    scale, captions = scene.model.scale(), F.normalize(texts.sentence, dim=-1)
+    scale, captions = scene.model.scale(), unit(texts.sentence)
     decoder = torch.stack(
         [
-            _contrast(F.normalize(p.image, dim=-1), captions, scale)
-            + 0.5 * fine_contrast(p.semantic, texts, scale)
+            _contrast(unit(p.image), captions, scale) + 0.5 * fine_contrast(p.semantic, texts, scale)
             for p in outputs.predictions[-scene.config.top_layers :]
         ]
     )
-    pooled = F.normalize(scene.model.embed_pooled(scene.pixels)[work.images], dim=-1)
+    pooled = unit(scene.model.embed_pooled(scene.pixels)[work.images])
     return {"retrieval": decoder.sum(), "retrieval_backbone": _contrast(pooled, captions, scale)}
 
 
@@ -376,14 +376,14 @@ def fine_contrast(latents: Tensor, captions: TextFeatures, scale: Tensor) -> Ten
     place = torch.arange(1, keep.shape[1] + 1, device=keep.device) * keep
     share = joined.parts((place / place.sum(1, keepdim=True))[keep])
     lengths = joined.parts(keep.sum(1))
-    tokens = joined.parts(F.normalize(captions.tokens[keep], dim=-1))
-    pictures = joined.parts(F.normalize(latents, dim=-1).mean(1))  # the mean of cosines is one product
+    tokens = joined.parts(unit(captions.tokens[keep]))
+    pictures = joined.parts(unit(latents).mean(1))  # the mean of cosines is one product
     (every_picture, picture), (every_token, token) = joined.gather(pictures), joined.gather(tokens)
     owner = torch.arange(len(lengths), device=keep.device).repeat_interleave(lengths)
     here = torch.arange(len(owner), device=keep.device)
     scale = joined.fixed(scale)
-    rows = scale * pictures @ every_token.T
-    columns = scale * every_picture @ tokens.T if joined.world() > 1 else rows
+    rows = product(scale * pictures, every_token.T)
+    columns = product(scale * every_picture, tokens.T) if joined.world() > 1 else rows
     to_tokens = -(rows.log_softmax(1)[owner, here + token] * share).sum()
     to_images = -(columns.log_softmax(0)[owner + picture, here] * share).sum()
     to_tokens = to_tokens * joined.world() / max(1, len(every_picture))
@@ -465,7 +465,7 @@ def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     a, b, scale = joined.parts(a), joined.parts(b), joined.fixed(scale)
     (everyone_a, first), (everyone_b, _) = joined.gather(a), joined.gather(b)
     wanted = torch.arange(len(a), device=a.device) + first
-    both = (scale * a @ everyone_b.T, scale * b @ everyone_a.T)
+    both = (product(scale * a, everyone_b.T), product(scale * b, everyone_a.T))
     rows = torch.stack([F.cross_entropy(logits, wanted, reduction="sum") for logits in both]).sum()
     # ranks may hold unequal rows, or none: rows weigh alike, not ranks
     return joined.once(rows / 2 * joined.world() / max(1, len(everyone_a)))
