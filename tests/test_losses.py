@@ -6,6 +6,7 @@ import datetime
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -507,6 +508,41 @@ def test_more_targets_than_latents_are_finite() -> None:
     texts = of.text(tokenize(["a panoptic photo"] * 4, 20))
     terms = losses.segmentation(scene_of(of, batch), work, texts)
     assert all(torch.isfinite(value) for value in terms.values())
+
+
+def test_masks_are_divided_by_the_number_of_targets_also_where_latents_are_fewer() -> None:
+    logits, truth = 3 * noise(1, 1, 3, 8, 8), (noise(1, 7, 8, 8, seed=1) > 0).float()
+    whole, pairs = LossConfig(points=0), [pair([0, 1, 2], [5, 1, 3])]
+    x, y = logits[0, 0].double().flatten(1), truth[0, [5, 1, 3]].double().flatten(1)
+    p = x.sigmoid()
+    bce = -(y * p.log() + (1 - y) * (1 - p).log()).mean(1).sum()
+    dice = (1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)).sum()
+    for count in (7, 3):  # of segmentation and grounding (X-Decoder, 3.3 and 3.9)
+        found = torch.stack(losses.mask_losses(logits, truth, pairs, whole, count=count))
+        torch.testing.assert_close(found.double(), torch.stack((bce, dice)) / count, atol=1e-6, rtol=1e-6)
+
+
+def test_segmentation_counts_its_targets_and_grounding_its_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int | None] = []
+
+    def counting(*given: Any) -> tuple[Tensor, Tensor]:
+        counted.append(given[5] if len(given) > 5 else None)
+        return given[0].sum(), given[0].sum()
+
+    monkeypatch.setattr(losses, "matched_losses", counting)
+    of = model(latents=1, text_contexts=0, task_tokens=False)
+    for task, loss in (("panoptic", losses.segmentation), ("referring", losses.referring)):
+        (work,) = (batch := batch_of(task)).works
+        loss(scene_of(of, batch), work, of.text(work.targets.texts))
+    targets = batch_of("panoptic").works[0].targets
+    assert isinstance(targets, MaskTargets) and counted == [sum(targets.counts), None]
+
+
+def test_without_targets_and_a_weight_for_no_object_nothing_is_learnt() -> None:
+    logits, none = noise(2, 1, 4, 4).requires_grad_(), torch.zeros(1, 0, dtype=torch.int64)
+    loss = losses.class_loss(logits, none, [pair([], [])] * 2, 0.0)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad is not None and not logits.grad.any()
 
 
 def test_pictures_that_tell_of_no_task_cost_nothing() -> None:

@@ -81,7 +81,7 @@ def _mask_classification(
     kind = scene.config.pixelwise
     drawn = _matched_masks(scene, outputs.predictions, work.images, pairs)
     terms[f"mask_{kind}"], terms["mask_dice"] = matched_losses(
-        drawn, targets.masks, pairs, scene.config, kind
+        drawn, targets.masks, pairs, scene.config, kind, sum(targets.counts)
     )
     if scene.config.region_ce:
         terms["region_ce"] = _region_loss(scene, work, targets)
@@ -149,10 +149,12 @@ def class_loss(logits: Tensor, labels: Tensor, pairs: Pairs, no_object: float) -
         wanted[i // rows, i % rows, queries] = labels[i % rows, targets]
     weight = torch.ones(columns, device=logits.device)
     weight[-1] = no_object
+    tiny = torch.finfo(weight.dtype).tiny
     own = weight[wanted[0]].sum()  # the same for every layer: each matches as many
-    share = own / joined.number(own, own.device, least=torch.finfo(own.dtype).tiny)
+    share = own / joined.number(own, own.device, least=tiny)
     if not rows:
         return logits.sum() * 0
+    weight = weight.clamp(min=tiny)  # without a target, and no weight for no-object, the mean is 0 / 0
     losses = [F.cross_entropy(logits[i].flatten(0, 1), wanted[i].flatten(), weight) for i in range(layers)]
     return torch.stack(losses).sum() * share
 
@@ -167,16 +169,22 @@ def _region_loss(scene: Scene, work: Work, targets: MaskTargets) -> Tensor:
 
 
 def mask_losses(
-    logits: Tensor, truth: Tensor, pairs: Pairs, config: LossConfig, pixelwise: Pixelwise = "bce"
+    logits: Tensor,
+    truth: Tensor,
+    pairs: Pairs,
+    config: LossConfig,
+    pixelwise: Pixelwise = "bce",
+    count: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A pixelwise loss and dice of the matched masks, summed over masks and predictions.
 
     logits float[L, R, O, h, w], truth float[R, M, H, W]. On points of the mask, or on every pixel of the
-    truth where `config.points` is 0. Divided by the number of target masks of all ranks, at least one, times
-    the number of ranks. Without a match both are zero and connected to the graph.
+    truth where `config.points` is 0. Divided by `count` masks of all ranks, at least one, over the number of
+    ranks: by default as many as one prediction matches, which are fewer than the targets where these
+    outnumber the latents. Without a match both are zero and connected to the graph.
     """
     layer, row, query, _ = matched(pairs, len(truth)).to(logits.device).unbind(1)
-    return matched_losses(logits[layer, row, query], truth, pairs, config, pixelwise)
+    return matched_losses(logits[layer, row, query], truth, pairs, config, pixelwise, count)
 
 
 def matched(pairs: Pairs, rows: int) -> Tensor:
@@ -188,11 +196,18 @@ def matched(pairs: Pairs, rows: int) -> Tensor:
 
 
 def matched_losses(
-    logits: Tensor, truth: Tensor, pairs: Pairs, config: LossConfig, pixelwise: Pixelwise
+    logits: Tensor,
+    truth: Tensor,
+    pairs: Pairs,
+    config: LossConfig,
+    pixelwise: Pixelwise,
+    count: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `mask_losses`, of the logits float[n, h, w] of the matched masks, in the order of `matched`."""
     rows = len(truth)
-    number = joined.number(sum(len(q) for q, _ in pairs[-rows:]) if rows else 0, logits.device)
+    if count is None:
+        count = sum(len(q) for q, _ in pairs[-rows:]) if rows else 0
+    number = joined.number(count, logits.device)
     if not len(logits):
         zero = logits.sum() * 0
         return zero, zero
