@@ -4,6 +4,7 @@ Letters: `N` sequences, `S` their tokens, `M` tokens attended to, `D` width.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 also under autocast: a scale of 100 turns bfloat16's rounding of a cosine into other
     classes.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    device = a.device.type
+    known = torch.amp.is_autocast_available(device)  # meta has none
+    with torch.autocast(device, enabled=False) if known else nullcontext():
         found: Tensor = a.float() @ b.float()
     return found
 
