@@ -177,6 +177,17 @@ def test_a_changed_weight_and_a_nan_are_past_any_tolerance(
 
 
 @needs_golden
+def test_layers_that_cancel_out_and_a_layers_own_weight_are_noticed(golden: dict[str, Any]) -> None:
+    shifted, weights = dict(golden["seg_losses_unweighted"]), dict(golden["weight_dict"])
+    for layer, more in ((1, -0.01), (2, 0.01)):
+        shifted[f"loss_mask_ce_{layer}"] = shifted[f"loss_mask_ce_{layer}"] + more
+    weights["loss_mask_ce_3"] = 0.0
+    stages = replay(golden | {"seg_losses_unweighted": shifted, "weight_dict": weights})
+    unequal = [stage.name for stage in stages if not stage.equal]
+    assert unequal == ["loss, class_ce", "loss, weights that differ between layers"]
+
+
+@needs_golden
 @pytest.mark.parametrize("quirk", ["masked_image_query", "padding_counts", "bicubic_masks"])
 def test_without_a_quirk_ours_is_not_the_original(
     golden: dict[str, Any], quirk: str, monkeypatch: pytest.MonkeyPatch
@@ -219,6 +230,10 @@ def test_quirks_of_the_predictor_are_what_they_say() -> None:
         (lambda g: g["state_dict"], "no golden file of an X-Decoder: state_dict is missing"),
         (lambda g: [1, 2], "no golden file of an X-Decoder"),
         (lambda g: g | {"seg_loss_rand_log": g["seg_loss_rand_log"][::-1]}, "Sizes of tensors must match"),
+        (lambda g: g | {"grads": {}}, "grads of backbone, caption_embed, decoder"),
+        (lambda g: g | {"seg_eval_heads": [None] * 5}, "no golden file of an X-Decoder: TypeError"),
+        (lambda g: g | {"backbone": {}}, "no golden file of an X-Decoder: IndexError"),
+        (lambda g: g | {"vlp_losses_unweighted": {}}, "layers of loss_captioning are missing"),
     ],
 )
 def test_what_is_no_golden_file_is_one_clear_message(

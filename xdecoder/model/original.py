@@ -242,6 +242,10 @@ def main(argv: Sequence[str]) -> int:
             equal &= stage.equal
             verdict = "" if stage.equal else "  DIFFERS"
             sys.stdout.write(f"{stage.name:<48} {stage.difference:8.1e}  of {stage.tolerance:.0e}{verdict}\n")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__} {' '.join(str(error).split())}"
+        sys.stderr.write(f"error: nothing to compare: no golden file of an X-Decoder: {said}\n")
+        return 2
     except (ValueError, RuntimeError) as error:  # the latter is torch's, of shapes that do not fit
         sys.stderr.write(f"error: nothing to compare: {' '.join(str(error).split())}\n")
         return 2
