@@ -41,7 +41,18 @@ def adopt(
         image_text_size=IMAGE_TEXT_SIZE,
     )
     save_model(model, card, folder)
-    facts: dict[str, Any] = {"kept in": str(folder), "parameters": sum(p.numel() for p in model.parameters())}
+    facts: dict[str, Any] = {
+        "kept in": str(folder),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "found": {  # no setting in the file says it: one that lacks its last layer looks like a smaller model
+            "text layers": config.text.layers if config.text else 0,
+            "decoder layers": config.decoder_layers,
+            "encoder layers": config.encoder_layers,
+            "latents": config.latents,
+        },
+    }
+    if skipped := original.left_out(state):
+        facts["left out"] = skipped
     if registered_model is not None:
         from jobs.tracking import connect  # MLflow, which takes seconds
 

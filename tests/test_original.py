@@ -323,13 +323,36 @@ def test_what_is_no_checkpoint_is_refused_and_leaves_nothing(
     golden: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lacking = {k: v for k, v in golden["state_dict"].items() if "level_embed" not in k}
-    cases = [(lacking, "missing: decoder.level_embed.weight"), ({"a": 1}, "backbone_proj is missing")]
+    state = golden["state_dict"]
+    cases = [
+        (lacking, "missing: decoder.level_embed.weight"),
+        ({"a": 1}, "backbone_proj is missing"),
+        ({1: torch.zeros(2), "backbone_proj": torch.zeros(3, 3)}, "backbone_proj is missing, or not all"),
+        ({"module": [1, 2]}, "backbone_proj is missing"),
+        (state | {HEAD + "class_embed": torch.tensor(1.0)}, "class_embed is missing, or has no sides"),
+        (state | {"backbone_proj": state["backbone_proj"] * torch.nan}, "backbone_proj holds NaN"),
+    ]
     for content, says in cases:
         torch.save(content, tmp_path / "other.pt")
         out = tmp_path / "out"
         assert jobs(["import", str(tmp_path / "other.pt"), "--out", str(out), "--heads", "4"]) == 2
         assert says in capsys.readouterr().err
         assert not out.exists()
+
+
+@needs_golden
+def test_the_head_of_vqa_is_left_out_and_what_was_found_is_said(
+    golden: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {HEAD + f"vqa_classifier.{i}.weight": torch.zeros(4, 4) for i in (0, 3)}
+    more[HEAD + "query_feat_caping.weight"] = torch.zeros(16, 64)
+    shallow = {n: t for n, t in golden["state_dict"].items() if "resblocks.1" not in n}
+    torch.save(shallow | more, tmp_path / "vqa.pt")
+    command = ["import", str(tmp_path / "vqa.pt"), "--out", str(tmp_path / "model"), "--json"]
+    assert jobs([*command, "--heads", "4", "--text-heads", "4"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["left out"] == list(more)
+    assert said["found"] == {"text layers": 1, "decoder layers": 4, "encoder layers": 2, "latents": 16}
 
 
 # ------------------------------------------------------------------------------------------------ names

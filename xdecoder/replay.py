@@ -528,9 +528,9 @@ def _training(run: _Run) -> Iterator[Stage]:
     recorded = golden["seg_losses_unweighted"] | golden["vlp_losses_unweighted"]
     for name in (*TERMS, NOUNS):
         wanted = _layers(recorded, TERMS.get(name, NOUNS))
-        ours = nouns if name == NOUNS else torch.stack([told.get(name, torch.zeros(())) for told in alone])
+        found = nouns if name == NOUNS else torch.stack([told.get(name, torch.zeros(())) for told in alone])
         said = "nouns (by formula)" if name == NOUNS else name
-        yield _close(f"loss, {said}", F.pad(ours, (0, len(wanted)))[: len(wanted)], wanted)
+        yield _close(f"loss, {said}", F.pad(found, (0, len(wanted)))[: len(wanted)], wanted)
     yield _close("gradient, nouns by the meanings", slope, golden["grad_loss_caption_0_wrt_pred_captions"])
     whole = losses.total(terms, scene.config) + golden["weight_dict", f"{NOUNS}_0"] * nouns.sum()
     yield _close("loss, weighted sum", whole, golden["total_weighted_loss"])
