@@ -7,7 +7,7 @@ from jobs.console import Outcome
 from jobs.store import code_version
 from schemas.taxonomy import shipped
 from xdecoder.model import original
-from xdecoder.model.files import ModelCard, save_model
+from xdecoder.model.files import CARD, ModelCard, save_model
 from xdecoder.model.xdecoder import XDecoder
 
 # What the released models were trained at (X-Decoder, 4.3).
@@ -51,6 +51,7 @@ def adopt(
             "latents": config.latents,
         },
     }
+    facts["asks with"] = f"{len(config.prompts)} sentences a class; fewer (prompts in {CARD}) answer sooner"
     if skipped := original.left_out(state):
         facts["left out"] = skipped
     if registered_model is not None:

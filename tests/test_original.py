@@ -471,8 +471,19 @@ def test_the_recipe_is_the_model_that_official_weights_fill() -> None:
     imported = model_config(_official(96, (2, 2, 6, 2), 3, 101, dw=True))
     options = imported.backbone.options | {"drop_path": 0.3}  # of training, no weights
     backbone = imported.backbone.model_copy(update={"options": {k: _plain(v) for k, v in options.items()}})
-    ours = job.model.model_copy(update={"init_layers": imported.init_layers})  # of task tokens, which are off
+    bare = {
+        "prompts": imported.prompts,
+        "init_layers": imported.init_layers,
+    }  # of task tokens: off
+    ours = job.model.model_copy(update=bare)
     assert ours == imported.model_copy(update={"backbone": backbone})
+
+
+def test_an_imported_model_is_asked_with_the_sentences_of_the_original() -> None:
+    prompts = model_config(_official(96, (2, 2, 6, 2), 3, 101, dw=True)).prompts
+    assert len(set(prompts)) == 81 and {"{}.", "a photo of a {}."} < set(prompts)
+    assert all(prompt.endswith(".") for prompt in prompts)
+    assert model(prompts=prompts).class_texts(["dog"]).rows == (81, 81)  # and so is no object
 
 
 def _plain(value: Any) -> Any:

@@ -51,6 +51,8 @@ DELIBERATE = (
     "class logits, too, clamp the scale at 100",
     "contrastive gradients are those of the joined batch; the original's are divided by the number of ranks",
     "questions are read as a whole and answered by texts; the original's VQA head is not taken over",
+    "the recipe trains with bare class names; the original draws one of 81 sentences for each in every step "
+    "(imported weights are asked with the mean of all, as the original's)",
     "a caption's words look at the cells that their region touches; the original takes the nearest pixel of "
     "each (here ours do, too)",
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import open_clip
 import torch
 from torch import Tensor
 
@@ -28,6 +29,10 @@ QUIRKS = QuirksConfig(
     phrases_together=True,
     bicubic_masks=True,
 )
+
+# A class is asked for with the mean of CLIP's sentences for ImageNet and of the name alone, 81 in all, each
+# with a full stop (X-Decoder, 4.4).
+PROMPTS: tuple[str, ...] = (*(sentence("{}") for sentence in open_clip.OPENAI_IMAGENET_TEMPLATES), "{}.")
 
 # ------------------------------------------------------------------------------------------------ the weights
 
@@ -178,6 +183,7 @@ def model_config(state: State, *, heads: int | None = None, text_heads: int | No
         latents=_side(state, head + "query_feat.weight", 0) - 1,
         task_tokens=False,
         text_contexts=0,
+        prompts=PROMPTS,
         no_object="background",
         backbone=BackboneConfig(
             name="focal_dw" if blocks and blocks[0] + "dw1.weight" in state else "focal",
