@@ -7,7 +7,7 @@ from jobs.console import Outcome
 from jobs.store import code_version
 from schemas.taxonomy import shipped
 from xdecoder.model import original
-from xdecoder.model.files import ModelCard, save_model
+from xdecoder.model.files import CARD, ModelCard, save_model
 from xdecoder.model.xdecoder import XDecoder
 
 # What the released models were trained at (X-Decoder, 4.3).
@@ -41,7 +41,19 @@ def adopt(
         image_text_size=IMAGE_TEXT_SIZE,
     )
     save_model(model, card, folder)
-    facts: dict[str, Any] = {"kept in": str(folder), "parameters": sum(p.numel() for p in model.parameters())}
+    facts: dict[str, Any] = {
+        "kept in": str(folder),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "found": {  # no setting in the file says it: one that lacks its last layer looks like a smaller model
+            "text layers": config.text.layers if config.text else 0,
+            "decoder layers": config.decoder_layers,
+            "encoder layers": config.encoder_layers,
+            "latents": config.latents,
+        },
+    }
+    facts["asks with"] = f"{len(config.prompts)} sentences a class; fewer (prompts in {CARD}) answer sooner"
+    if skipped := original.left_out(state):
+        facts["left out"] = skipped
     if registered_model is not None:
         from jobs.tracking import connect  # MLflow, which takes seconds
 

@@ -24,7 +24,16 @@ def batch(count: int) -> tuple[Tensor, Tensor]:
 CLOSED = {"text": None, "task_tokens": False, "classes": len(CLASSES)}
 
 
-@pytest.mark.parametrize("changes", [{}, {"task_tokens": False, "mask_pooling": False}, CLOSED])
+OPEN: tuple[dict[str, Any], ...] = (
+    {},
+    {"task_tokens": False, "mask_pooling": False},
+    {"pixel_decoder": "deformable"},
+    {"output": "pixels"},
+    {"output": "latents", "latents": len(CLASSES), "classes": len(CLASSES)},
+)
+
+
+@pytest.mark.parametrize("changes", [*OPEN, CLOSED])
 def test_the_exported_graph_says_what_the_model_says(changes: dict[str, Any]) -> None:
     of = model(**changes).requires_grad_(False)
     file = io.BytesIO()

@@ -4,8 +4,10 @@ ranks the same as on one.
 
 import datetime
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -412,6 +414,29 @@ def test_more_phrases_than_latents_leave_some_out() -> None:
 # ------------------------------------------------------------------------------------- whole requests
 
 
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+def test_half_precision_does_not_round_what_is_scaled(scale: float) -> None:
+    """Of similar names, as trained encoders give: bfloat16 knows no more than 0.4 of a logit near 100."""
+    of = model(no_object=None).requires_grad_(False)
+    of.log_scale.fill_(math.log(scale))
+    meaning, names = (noise(n, 32, seed=n) * 0.6 + noise(32, seed=1) for n in (20, 30))
+    captions = features(tokenize(["a red square", "on grass", "a dog in the park"], 20))
+    pairs = noise(2, 3, 32, seed=3).mul(0.3).add(noise(32)).requires_grad_()
+
+    def found(half: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = of.similarity(meaning, names), of.class_logits(meaning, names)
+            infonce = losses._contrast(*F.normalize(pairs, dim=-1), torch.tensor(scale))
+            fine = losses.fine_contrast(pairs.transpose(0, 1), captions, torch.tensor(scale))
+        gradients = [torch.autograd.grad(loss, pairs)[0] for loss in (infonce, fine)]
+        return [*logits, infonce, fine, *gradients]
+
+    for half, whole in zip(found(True), found(False), strict=True):
+        assert half.equal(whole)
+    known = [x.bfloat16() for x in (meaning, names)]  # as the layers before hand them on
+    assert of.similarity(*known).equal(of.similarity(*(x.float() for x in known)))
+
+
 def scene_of(of: XDecoder, batch: Batch, **loss: float) -> Scene:
     classes = ClassTexts.of(VOCABULARY.taxonomy.names, MODEL.text.context)
     return Scene(
@@ -545,6 +570,41 @@ def test_more_targets_than_latents_are_finite() -> None:
     texts = of.text(tokenize(["a panoptic photo"] * 4, 20))
     terms = losses.segmentation(scene_of(of, batch), work, texts)
     assert all(torch.isfinite(value) for value in terms.values())
+
+
+def test_masks_are_divided_by_the_number_of_targets_also_where_latents_are_fewer() -> None:
+    logits, truth = 3 * noise(1, 1, 3, 8, 8), (noise(1, 7, 8, 8, seed=1) > 0).float()
+    whole, pairs = LossConfig(points=0), [pair([0, 1, 2], [5, 1, 3])]
+    x, y = logits[0, 0].double().flatten(1), truth[0, [5, 1, 3]].double().flatten(1)
+    p = x.sigmoid()
+    bce = -(y * p.log() + (1 - y) * (1 - p).log()).mean(1).sum()
+    dice = (1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)).sum()
+    for count in (7, 3):  # of segmentation and grounding (X-Decoder, 3.3 and 3.9)
+        found = torch.stack(losses.mask_losses(logits, truth, pairs, whole, count=count))
+        torch.testing.assert_close(found.double(), torch.stack((bce, dice)) / count, atol=1e-6, rtol=1e-6)
+
+
+def test_segmentation_counts_its_targets_and_grounding_its_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int | None] = []
+
+    def counting(*given: Any) -> tuple[Tensor, Tensor]:
+        counted.append(given[5] if len(given) > 5 else None)
+        return given[0].sum(), given[0].sum()
+
+    monkeypatch.setattr(losses, "matched_losses", counting)
+    of = model(latents=1, text_contexts=0, task_tokens=False)
+    for task, loss in (("panoptic", losses.segmentation), ("referring", losses.referring)):
+        (work,) = (batch := batch_of(task)).works
+        loss(scene_of(of, batch), work, of.text(work.targets.texts))
+    targets = batch_of("panoptic").works[0].targets
+    assert isinstance(targets, MaskTargets) and counted == [sum(targets.counts), None]
+
+
+def test_without_targets_and_a_weight_for_no_object_nothing_is_learnt() -> None:
+    logits, none = noise(2, 1, 4, 4).requires_grad_(), torch.zeros(1, 0, dtype=torch.int64)
+    loss = losses.class_loss(logits, none, [pair([], [])] * 2, 0.0)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad is not None and not logits.grad.any()
 
 
 def test_pictures_that_tell_of_no_task_cost_nothing() -> None:

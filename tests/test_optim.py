@@ -6,7 +6,7 @@ import re
 import pytest
 from tiny import model
 
-from schemas.jobs import OptimConfig
+from schemas.jobs import BackboneConfig, OptimConfig
 from xdecoder.training.optim import learning_rate, make_optimizer
 
 CONFIG = OptimConfig(lr=1.0, weight_decay=0.05, backbone_scale=0.1, text_scale=0.25, warmup_steps=0)
@@ -36,6 +36,14 @@ def decays(name: str) -> bool:
 def is_group_norm(name: str) -> bool:
     """Convolution and norm stand side by side without names in the pixel decoder and in downsampling."""
     return bool(re.match(r"pixel_decoder\.(laterals|outputs)\.\d+\.1\.", name)) or "downsample.2" in name
+
+
+def test_swins_tables_of_places_do_not_decay() -> None:
+    small = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "img_size": 64}
+    of = model(backbone=BackboneConfig(name="swin_tiny_patch4_window7_224", options=small))
+    tables = {id(p) for n, p in of.named_parameters() if n.endswith("relative_position_bias_table")}
+    groups = make_optimizer(of, CONFIG).param_groups
+    assert [g["weight_decay"] for g in groups for p in g["params"] if id(p) in tables] == [0] * 4
 
 
 def test_a_frozen_weight_is_left_out() -> None:

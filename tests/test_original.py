@@ -177,6 +177,17 @@ def test_a_changed_weight_and_a_nan_are_past_any_tolerance(
 
 
 @needs_golden
+def test_layers_that_cancel_out_and_a_layers_own_weight_are_noticed(golden: dict[str, Any]) -> None:
+    shifted, weights = dict(golden["seg_losses_unweighted"]), dict(golden["weight_dict"])
+    for layer, more in ((1, -0.01), (2, 0.01)):
+        shifted[f"loss_mask_ce_{layer}"] = shifted[f"loss_mask_ce_{layer}"] + more
+    weights["loss_mask_ce_3"] = 0.0
+    stages = replay(golden | {"seg_losses_unweighted": shifted, "weight_dict": weights})
+    unequal = [stage.name for stage in stages if not stage.equal]
+    assert unequal == ["loss, class_ce", "loss, weights that differ between layers"]
+
+
+@needs_golden
 @pytest.mark.parametrize("quirk", ["masked_image_query", "padding_counts", "bicubic_masks"])
 def test_without_a_quirk_ours_is_not_the_original(
     golden: dict[str, Any], quirk: str, monkeypatch: pytest.MonkeyPatch
@@ -219,6 +230,10 @@ def test_quirks_of_the_predictor_are_what_they_say() -> None:
         (lambda g: g["state_dict"], "no golden file of an X-Decoder: state_dict is missing"),
         (lambda g: [1, 2], "no golden file of an X-Decoder"),
         (lambda g: g | {"seg_loss_rand_log": g["seg_loss_rand_log"][::-1]}, "Sizes of tensors must match"),
+        (lambda g: g | {"grads": {}}, "grads of backbone, caption_embed, decoder"),
+        (lambda g: g | {"seg_eval_heads": [None] * 5}, "no golden file of an X-Decoder: TypeError"),
+        (lambda g: g | {"backbone": {}}, "no golden file of an X-Decoder: IndexError"),
+        (lambda g: g | {"vlp_losses_unweighted": {}}, "layers of loss_captioning are missing"),
     ],
 )
 def test_what_is_no_golden_file_is_one_clear_message(
@@ -308,13 +323,36 @@ def test_what_is_no_checkpoint_is_refused_and_leaves_nothing(
     golden: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lacking = {k: v for k, v in golden["state_dict"].items() if "level_embed" not in k}
-    cases = [(lacking, "missing: decoder.level_embed.weight"), ({"a": 1}, "backbone_proj is missing")]
+    state = golden["state_dict"]
+    cases = [
+        (lacking, "missing: decoder.level_embed.weight"),
+        ({"a": 1}, "backbone_proj is missing"),
+        ({1: torch.zeros(2), "backbone_proj": torch.zeros(3, 3)}, "backbone_proj is missing, or not all"),
+        ({"module": [1, 2]}, "backbone_proj is missing"),
+        (state | {HEAD + "class_embed": torch.tensor(1.0)}, "class_embed is missing, or has no sides"),
+        (state | {"backbone_proj": state["backbone_proj"] * torch.nan}, "backbone_proj holds NaN"),
+    ]
     for content, says in cases:
         torch.save(content, tmp_path / "other.pt")
         out = tmp_path / "out"
         assert jobs(["import", str(tmp_path / "other.pt"), "--out", str(out), "--heads", "4"]) == 2
         assert says in capsys.readouterr().err
         assert not out.exists()
+
+
+@needs_golden
+def test_the_head_of_vqa_is_left_out_and_what_was_found_is_said(
+    golden: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {HEAD + f"vqa_classifier.{i}.weight": torch.zeros(4, 4) for i in (0, 3)}
+    more[HEAD + "query_feat_caping.weight"] = torch.zeros(16, 64)
+    shallow = {n: t for n, t in golden["state_dict"].items() if "resblocks.1" not in n}
+    torch.save(shallow | more, tmp_path / "vqa.pt")
+    command = ["import", str(tmp_path / "vqa.pt"), "--out", str(tmp_path / "model"), "--json"]
+    assert jobs([*command, "--heads", "4", "--text-heads", "4"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["left out"] == list(more)
+    assert said["found"] == {"text layers": 1, "decoder layers": 4, "encoder layers": 2, "latents": 16}
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -433,8 +471,19 @@ def test_the_recipe_is_the_model_that_official_weights_fill() -> None:
     imported = model_config(_official(96, (2, 2, 6, 2), 3, 101, dw=True))
     options = imported.backbone.options | {"drop_path": 0.3}  # of training, no weights
     backbone = imported.backbone.model_copy(update={"options": {k: _plain(v) for k, v in options.items()}})
-    ours = job.model.model_copy(update={"init_layers": imported.init_layers})  # of task tokens, which are off
+    bare = {
+        "prompts": imported.prompts,
+        "init_layers": imported.init_layers,
+    }  # of task tokens: off
+    ours = job.model.model_copy(update=bare)
     assert ours == imported.model_copy(update={"backbone": backbone})
+
+
+def test_an_imported_model_is_asked_with_the_sentences_of_the_original() -> None:
+    prompts = model_config(_official(96, (2, 2, 6, 2), 3, 101, dw=True)).prompts
+    assert len(set(prompts)) == 81 and {"{}.", "a photo of a {}."} < set(prompts)
+    assert all(prompt.endswith(".") for prompt in prompts)
+    assert model(prompts=prompts).class_texts(["dog"]).rows == (81, 81)  # and so is no object
 
 
 def _plain(value: Any) -> Any:

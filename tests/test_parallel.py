@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import exact_trainer, run_ranks, steps_of
+from tiny import MODEL, VOCABULARY, endless, samples, train_config
 from torch import Tensor
 
+from schemas.jobs import BackboneConfig
 from xdecoder.model.files import load_model
 from xdecoder.training import checkpoint, parallel
+from xdecoder.training.joined import Rehearsal
 from xdecoder.training.trainer import Trainer
 
 STEPS, FEW = 20, 6
@@ -94,6 +97,26 @@ def test_an_accumulated_step_is_that_of_the_large_batch(
     expected, _ = alone
     of = exact_trainer(accumulate=parts)
     same_losses(expected[:FEW], steps_of(of, FEW))
+
+
+def test_a_rehearsal_leaves_no_trace_and_is_what_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a backbone that drops paths by chance, and keeps statistics of what it has seen."""
+    chance = BackboneConfig(name="resnet10t", options={"drop_path_rate": 0.5})
+    config = train_config(tasks=("panoptic", "retrieval"), accumulate=2)
+    of = Trainer(MODEL.model_copy(update={"backbone": chance}), config, VOCABULARY)
+    meet, same = Rehearsal.meet, list[bool]()
+
+    def meeting(self: Rehearsal, x: Tensor) -> list[Tensor]:
+        if self.playing:
+            same.append(x.detach().equal(self.rows[self.part][self.call]))
+        return meet(self, x)
+
+    monkeypatch.setattr(Rehearsal, "meet", meeting)
+    drawn = {s: endless(of.make_batch(s), samples(), 2) for s in of.streams}
+    of.objective.train()
+    of._gradients([tuple(next(stream)[0] for stream in drawn.values()) for _ in range(2)])
+    seen = {int(b) for n, b in of.model.named_buffers() if n.endswith("num_batches_tracked")}
+    assert seen == {4} and same and all(same)  # two parts of two streams
 
 
 def both_ways_in_parts(rank: int, folder: Path) -> None:

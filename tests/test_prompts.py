@@ -1,5 +1,7 @@
 """Laws of the words: texts and ids are one another's reverse, OneFormer's sentences, mirrored sides."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from xdecoder.prompts import (
     END,
     PAD,
     START,
+    _ids,
     clean,
     detokenize,
     mirror,
@@ -30,6 +33,11 @@ def test_a_text_comes_back_from_its_ids(text: str) -> None:
 def test_detokenize_stops_at_the_first_end() -> None:
     first, second = tokenize(["a dog", "a cat"], 77).tolist()
     assert detokenize(first + second) == "a dog"
+
+
+def test_a_corpus_of_captions_is_not_remembered() -> None:
+    for remembers in (_ids, clean):
+        assert (remembers.cache_info().maxsize or math.inf) <= 1 << 16
 
 
 def test_texts_are_padded_to_the_longest_and_no_further() -> None:
@@ -92,6 +100,8 @@ def test_each_task_has_a_sentence_of_its_own() -> None:
     [
         ("the left dog, right of a cat", "the right dog, left of a cat"),
         ("Leftmost one", "Rightmost one"),
+        ("left-hand, lefthand, leftside", "right-hand, righthand, rightside"),
+        ("moving leftward, then rightwards", "moving rightward, then leftwards"),
         ("bright leftover copyright", "bright leftover copyright"),
         ("above the tree", "above the tree"),
     ],

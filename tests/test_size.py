@@ -20,6 +20,14 @@ def test_parameters_and_multiply_adds_are_those_of_the_model_itself() -> None:
     assert size.multiply_adds == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
 
 
+def test_what_segments_is_what_its_answers_come_from() -> None:
+    of, size = model(), measure(MODEL, train_config())
+    words = ("text.", "query_text", "caption_embed", "pooled_embed", "decoder.caption_positions")
+    idle = sum(p.numel() for n, p in of.named_parameters() if n.startswith(words))
+    assert size.segmenting == size.total - idle < size.total
+    assert size.untold == sum(p.numel() for p in model(task_tokens=False).parameters())
+
+
 def test_memory_is_estimated_from_above_and_not_far() -> None:
     real = _kept_bytes(model(), 64)
     with torch.device("meta"):

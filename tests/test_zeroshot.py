@@ -133,6 +133,17 @@ def test_both_branches_share_the_no_object_logit() -> None:
     torch.testing.assert_close(found[:, 3], logits.softmax(-1)[:, 3])
 
 
+def test_half_precision_does_not_round_what_the_branch_scales() -> None:
+    frame = Frame(padded=(16, 16), valid=(12, 16), original=(24, 32))
+    names, seen = ["a", "b", "c"], torch.tensor([True, True, False])
+    looks, texts = noise(20, 6, seed=1), F.normalize(noise(3, 6, seed=2), dim=-1)
+    told = 3 * noise(20, 4), torch.rand(3, 12, 16), noise(20, 4, 4), frame, names, seen
+    whole, half = (ZeroShot(ZeroShotConfig(regions="crop"), fixed_branch(looks, texts)) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = half.probabilities(*told)
+    assert found.equal(whole.probabilities(*told))
+
+
 def clip() -> open_clip.CLIP:
     torch.manual_seed(0)
     vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}

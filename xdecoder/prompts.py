@@ -6,7 +6,7 @@ Letters: `N` texts, `T` tokens. Every text of the project becomes ids here and n
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import open_clip
 import torch
@@ -17,6 +17,7 @@ from schemas.taxonomy import Taxonomy
 
 START, END, PAD = 49406, 49407, 0  # open_clip's byte-pair vocabulary; the original pads with END instead
 VOCABULARY_SIZE = 49408
+_REMEMBERED = 1 << 16  # chosen by us: three times the longest class list, and no corpus of captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ def _tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer()
 
 
-@cache
+@lru_cache(maxsize=_REMEMBERED)
 def _ids(text: str) -> tuple[int, ...]:
     return tuple(_tokenizer().encode(text))
 
@@ -61,7 +62,7 @@ def detokenize(ids: Sequence[int]) -> str:
     return str(_tokenizer().decode(kept)).strip()
 
 
-@cache
+@lru_cache(maxsize=_REMEMBERED)
 def clean(name: str) -> str:
     """A class name as words: COCO's "-merged", "-other", "-stuff" go, separators become spaces (X-Decoder,
     4.4).
@@ -120,8 +121,8 @@ def nouns(caption: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(" ".join(run) for run in runs if run))
 
 
-_MIRROR = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
-_SIDES = re.compile(r"\b(left|right|leftmost|rightmost)\b", re.IGNORECASE)
+_MIRROR = {"left": "right", "right": "left"}
+_SIDES = re.compile(r"\b(left|right)(?=(?:most|hand|side|wards?)?\b)", re.IGNORECASE)
 
 
 def mirror(text: str) -> str:

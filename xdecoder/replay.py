@@ -52,6 +52,8 @@ DELIBERATE = (
     "class logits, too, clamp the scale at 100",
     "contrastive gradients are those of the joined batch; the original's are divided by the number of ranks",
     "questions are read as a whole and answered by texts; the original's VQA head is not taken over",
+    "the recipe trains with bare class names; the original draws one of 81 sentences for each in every step "
+    "(imported weights are asked with the mean of all, as the original's)",
     "a caption's words look at the cells that their region touches; the original takes the nearest pixel of "
     "each (here ours do, too)",
 )
@@ -63,7 +65,7 @@ UNCOMPARED: Mapping[str, str] = {
     "coco_text_emb": "class names of the training: embeddings whose texts are not recorded, given to both",
     "seg_loss_matches": "which latent was matched to which noun, given to both; other matches of classes, "
     "masks and phrases would change their losses",
-    "weight_dict": "weights, which ours are made from: those of the last layer, as all layers have the same",
+    "weight_dict": "weights, which ours are made from: those of the last layer, which all layers must have",
     "captioning_infer.texts": "the recorded tokens once more, in words",
     "captioning_infer_masked.texts": "the same",
     "grads, of the text encoder": "class names, nouns and phrases taught it, too, and are recorded as "
@@ -129,6 +131,9 @@ class _Run:
         load(self.model, state)
         self.queries = self.model.config.latents + 1
         self.followed, self.masked = "", 0
+        self.layer: int | None = None  # the one that losses see alone, counted from the last
+        self.asked = self.model.ask
+        setattr(self.model, "ask", self._of_layer)  # noqa: B010
         self.cross_mask = self.model.decoder._cross_mask
         setattr(self.model.decoder, "_cross_mask", self._settled)  # noqa: B010
         self.outside = self.model.decoder._outside
@@ -137,6 +142,13 @@ class _Run:
     def follow(self, heads: str) -> None:
         """From here on, attention masks are settled by those of this record."""
         self.followed = heads
+
+    def _of_layer(self, *request: Any) -> Outputs:
+        """What the model is asked for, of one layer alone where the losses shall see no more."""
+        outputs = self.asked(*request)
+        if self.layer is None:
+            return outputs
+        return replace(outputs, predictions=(outputs.predictions[-1 - self.layer],))
 
     def rows(self, *, silent: bool) -> slice:
         """Ours among the original's queries: a referring request's latents are copies behind all others."""
@@ -170,6 +182,14 @@ class _Run:
         """bool[R, O or Q, hw]: mask logits that are zero within rounding."""
         whole = prediction if silent else prediction.with_image()
         return (whole.mask_embed @ level.mask_features[images]).abs() < DOUBT
+
+    @property
+    def draws(self) -> tuple[list["Draws"], list["Draws"]]:
+        """What is drawn for the layers that the losses see."""
+        segmentation, grounding = _recorded_draws(self)
+        if self.layer is None:
+            return segmentation, grounding
+        return [segmentation[-1 - self.layer]], grounding[::-1][self.layer : self.layer + 1]
 
     @cached_property
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -502,19 +522,24 @@ def _training(run: _Run) -> Iterator[Stage]:
     """The loss terms with the recorded draws, their weighted sum, and the gradient of every parameter."""
     golden, model = run.golden, run.model
     scene = _scene(run)
+    terms = _terms(run, scene)
     run.follow("seg_train_heads")
-    terms = _segmentation(run, scene) | _grounding(run, scene)
     nouns, slope = _noun_loss(run, scene)
-    run.follow("vlp_train_heads")
-    terms |= _image_text(run, scene)
+    every = [name for name in golden["seg_losses_unweighted"] if name.startswith(f"{TERMS['class_ce']}_")]
+    with torch.no_grad():
+        alone = [_terms(run, scene, layer) for layer in range(len(every))]
     recorded = golden["seg_losses_unweighted"] | golden["vlp_losses_unweighted"]
-    for name, value in (*terms.items(), ("nouns (by formula)", nouns)):
-        theirs = TERMS.get(name, NOUNS)
-        layers = [float(v) for k, v in recorded.items() if k.rpartition("_")[0] == theirs]
-        yield _close(f"loss, {name}", value, torch.tensor(layers).sum())
+    for name in (*TERMS, NOUNS):
+        wanted = _layers(recorded, TERMS.get(name, NOUNS))
+        found = nouns if name == NOUNS else torch.stack([told.get(name, torch.zeros(())) for told in alone])
+        said = "nouns (by formula)" if name == NOUNS else name
+        yield _close(f"loss, {said}", F.pad(found, (0, len(wanted)))[: len(wanted)], wanted)
     yield _close("gradient, nouns by the meanings", slope, golden["grad_loss_caption_0_wrt_pred_captions"])
-    whole = losses.total(terms, scene.config) + golden["weight_dict", f"{NOUNS}_0"] * nouns
+    whole = losses.total(terms, scene.config) + golden["weight_dict", f"{NOUNS}_0"] * nouns.sum()
     yield _close("loss, weighted sum", whole, golden["total_weighted_loss"])
+    weights = [_layers(golden["weight_dict"], term) for term in (*TERMS.values(), NOUNS)]
+    other = sum(int((layers != layers[0]).sum()) for layers in weights)
+    yield Stage(name="loss, weights that differ between layers", difference=other, tolerance=0)
     model.zero_grad()
     whole.backward()
     apart: dict[str, list[float]] = {}
@@ -524,11 +549,35 @@ def _training(run: _Run) -> Iterator[Stage]:
             missing = gradient is None or gradient.shape != part.shape
             difference = float("inf") if missing else float((gradient - part).norm() / theirs.norm())
             apart.setdefault(ours.split(".")[0], []).append(difference)
+    untold = {name.split(".")[0] for name, _ in model.named_parameters()} - apart.keys()
+    if untold:
+        raise ValueError(f"no golden file of an X-Decoder: grads of {', '.join(sorted(untold))} are missing")
     for kind, differences in apart.items():
         if (
             kind != "text"
         ):  # which texts taught it is not recorded: class names, nouns and phrases are embeddings
             yield Stage(name=f"gradients, {kind}", difference=_worst(differences), tolerance=RELATIVE)
+
+
+def _layers(recorded: Mapping[str, Any], name: str) -> Tensor:
+    """What is recorded of each layer, the last one first; raises `ValueError` where that is nothing."""
+    found = {int(k.rpartition("_")[2]): float(v) for k, v in recorded.items() if k.rpartition("_")[0] == name}
+    if sorted(found) != list(range(len(found))) or not found:
+        raise ValueError(f"no golden file of an X-Decoder: layers of {name} are missing")
+    return torch.tensor([found[layer] for layer in range(len(found))])
+
+
+def _terms(run: _Run, scene: losses.Scene, layer: int | None = None) -> losses.Terms:
+    """Our terms but the noun loss: the sums over layers, or those of one, counted from the last."""
+    run.layer = layer
+    run.follow("seg_train_heads")
+    terms = _segmentation(run, scene)
+    if (layer or 0) < run.decoder["TOP_GROUNDING_LAYERS"]:
+        terms |= _grounding(run, scene)
+    run.follow("vlp_train_heads")
+    terms |= _image_text(run, scene)
+    run.layer = None
+    return terms
 
 
 def _scene(run: _Run) -> losses.Scene:
@@ -567,7 +616,7 @@ def _segmentation(run: _Run, scene: losses.Scene) -> losses.Terms:
         counts=tuple(len(t["labels"]) for t in truths),
         texts=torch.zeros(0, 2, dtype=torch.int64),
     )
-    drawn, _ = _recorded_draws(run)
+    drawn, _ = run.draws
     nothing = _as_text(torch.zeros(0, 2, scene.classes.shape[1]))
     with _Drawn(torch.cat(layers) for layers in zip(*drawn, strict=True)):
         return losses.segmentation(scene, _work("panoptic", range(len(truths)), targets), nothing)
@@ -578,7 +627,7 @@ def _grounding(run: _Run, scene: losses.Scene) -> losses.Terms:
     scene, truths = _top(scene, run.decoder["TOP_GROUNDING_LAYERS"]), run.golden["seg_targets"]
     modes = {kind: run.decoder["GROUNDING", f"{kind.upper()}_WEIGHT"] for kind in ("text", "class")}
     tokens = run.golden["seg_grounding_tokens_padded"].transpose(0, 1)
-    _, drawn = _recorded_draws(run)
+    _, drawn = run.draws
     phrases, before = sum(len(t["grounding_hash"]) for t in truths), 0
     terms = {name: torch.zeros(()) for name in TERMS if name.startswith("grounding")}
     for i, truth in enumerate(truths):
@@ -607,18 +656,20 @@ def _grounding(run: _Run, scene: losses.Scene) -> losses.Terms:
 def _image_text(run: _Run, scene: losses.Scene) -> losses.Terms:
     ids = run.golden["vlp_in", "input_ids"]
     texts, targets = run.model.text(ids), CaptionTargets(texts=ids)
-    images = range(len(ids))
-    told = _top(scene, run.decoder["TOP_CAPTIONING_LAYERS"])
-    ranked = _top(scene, run.decoder["TOP_RETRIEVAL_LAYERS"])
-    terms = losses.captioning(told, _work("captioning", images, targets), texts)
-    return terms | losses.retrieval(ranked, _work("retrieval", images, targets), texts)
+    terms: losses.Terms = {}
+    kinds: tuple[tuple[Task, Any], ...] = (("captioning", losses.captioning), ("retrieval", losses.retrieval))
+    for task, loss in kinds:
+        top = run.decoder[f"TOP_{task.upper()}_LAYERS"]
+        if (run.layer or 0) < top:
+            terms |= loss(_top(scene, top), _work(task, range(len(ids)), targets), texts)
+    return terms
 
 
 def _noun_loss(run: _Run, scene: losses.Scene) -> tuple[Tensor, Tensor]:
     """The original's contrast of latents and nouns (X-Decoder, 3.5), with its recorded matches.
 
-    And the gradient of the last layer's by what its queries mean, float[R, O + Q, D]: of the image query and
-    of the phrases' copies it is zero.
+    Of each layer, the last one first. And the gradient of the last layer's by what its queries mean,
+    float[R, O + Q, D]: of the image query and of the phrases' copies it is zero.
     """
     golden, layers = run.golden, []
     truths, matches = golden["seg_targets"], golden["seg_loss_matches"]
@@ -641,7 +692,7 @@ def _noun_loss(run: _Run, scene: losses.Scene) -> tuple[Tensor, Tensor]:
         shared = F.one_hot(wanted).T / F.one_hot(wanted).sum(0)[:, None]
         layers.append(0.7 * F.cross_entropy(logits, wanted) + 0.3 * F.cross_entropy(logits.T, shared))
     (slope,) = torch.autograd.grad(layers[0], predictions[-1].semantic, retain_graph=True)
-    return torch.stack(layers).sum(), F.pad(slope, (0, 0, 0, run.queries))
+    return torch.stack(layers), F.pad(slope, (0, 0, 0, run.queries))
 
 
 Draws = tuple[Tensor, Tensor, Tensor]  # of a layer: for the matcher, candidates of points, fresh points

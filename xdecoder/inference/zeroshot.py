@@ -20,6 +20,7 @@ from schemas.jobs import Prompts, ZeroShotConfig
 from schemas.tasks import TASKS
 from xdecoder.inference.postprocess import Frame
 from xdecoder.model import backbone, clip
+from xdecoder.model.layers import product, unit
 from xdecoder.model.xdecoder import ClassTexts, XDecoder
 
 CLIP_CONTEXT = 77
@@ -174,7 +175,7 @@ class ZeroShot:
         large = F.interpolate(masks[None].float(), size=frame.padded, mode="bilinear", align_corners=False)
         inside = large[0, :, :height, :width] > 0
         looks = torch.cat([self._embed(image, part) for part in inside.split(REGIONS_AT_ONCE)])
-        similar = self.branch.scale * F.normalize(looks, dim=-1) @ self._texts(tuple(names)).T
+        similar = product(self.branch.scale * unit(looks), self._texts(tuple(names)).T)
         pictures = torch.cat((similar, logits[:, -1:]), 1).softmax(-1)  # both share the no-object logit
         joined = ensemble(probs[:, :-1], pictures[:, :-1], seen, self.config.weight)
         return torch.cat((joined, probs[:, -1:]), 1)

@@ -434,7 +434,8 @@ class Decoder(nn.Module):
         size = feature.shape[-2:]
         padding = F.interpolate(padding[:, None].float(), size=size, mode="nearest")[:, 0] > 0.5
         mode = "bicubic" if self.quirks.bicubic_masks else "bilinear"
-        # a resized product is a product with resized features: masks per level cost little
+        # a resized product is a product with resized features: masks per level cost little; antialiased as
+        # X-Decoder has it (Mask2Former and OneFormer have not), so that no thin mask falls between cells
         with torch.no_grad():
             small = F.interpolate(mask_features.float(), size=size, mode=mode, antialias=True)
         return Level(

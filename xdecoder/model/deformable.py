@@ -38,7 +38,7 @@ def attend(value: Tensor, grids: Grids, places: Tensor, weights: Tensor) -> Tens
         # [B heads, D / heads, P, N]: point by point, since the product of all at once is large and not kept
         for point, part in zip(read.unbind(2), share.flatten(0, 1).unbind(1), strict=True):
             found = found + point * part[:, None]
-    return found.unflatten(0, (len(value), -1)).flatten(1, 2).transpose(1, 2)
+    return found.unflatten(0, (value.shape[0], -1)).flatten(1, 2).transpose(1, 2)
 
 
 class DeformableAttention(nn.Module):

@@ -4,6 +4,7 @@ Letters: `N` sequences, `S` their tokens, `M` tokens attended to, `D` width.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,22 @@ class Mlp(nn.Sequential):
         for i in range(layers):
             parts += [nn.Linear(width, width)] + ([nn.ReLU(inplace=True)] if i < layers - 1 else [])
         super().__init__(*parts)
+
+
+def unit(x: Tensor) -> Tensor:
+    """The direction of each row, in float32: float[..., D] -> float32[..., D]."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 also under autocast: a scale of 100 turns bfloat16's rounding of a cosine into other
+    classes.
+    """
+    device = a.device.type
+    known = torch.amp.is_autocast_available(device)  # meta has none
+    with torch.autocast(device, enabled=False) if known else nullcontext():
+        found: Tensor = a.float() @ b.float()
+    return found
 
 
 def matrix(inputs: int, outputs: int) -> nn.Linear:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import open_clip
 import torch
 from torch import Tensor
 
@@ -28,6 +29,10 @@ QUIRKS = QuirksConfig(
     phrases_together=True,
     bicubic_masks=True,
 )
+
+# A class is asked for with the mean of CLIP's sentences for ImageNet and of the name alone, 81 in all, each
+# with a full stop (X-Decoder, 4.4).
+PROMPTS: tuple[str, ...] = (*(sentence("{}") for sentence in open_clip.OPENAI_IMAGENET_TEMPLATES), "{}.")
 
 # ------------------------------------------------------------------------------------------------ the weights
 
@@ -86,6 +91,8 @@ NAMES: Sequence[tuple[str, str]] = [
 # Then, inside attention; and what is no weight.
 _INSIDE = ((r"\.in_proj_(weight|bias)$", rf".{_QKV}.\1"), (r"\.out_proj\.", ".out."))
 _BUFFERS = re.compile(r"criterion\.empty_weight|sem_seg_head\.predictor\.self_attn_mask|pixel_(mean|std)")
+# What weights finetuned on VQA have on top; ours answers by texts.
+_VQA = re.compile(_HEAD + r"(vqa_classifier\.\d+\.(weight|bias)|query_feat_caping\.weight)")
 
 
 def translate(state: State) -> dict[str, Tensor]:
@@ -96,7 +103,7 @@ def translate(state: State) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in state.items():
-        if _BUFFERS.fullmatch(name):
+        if _BUFFERS.fullmatch(name) or _VQA.fullmatch(name):
             continue
         target = _target(name)
         if target is None:
@@ -111,6 +118,11 @@ def translate(state: State) -> dict[str, Tensor]:
     if unknown:
         raise ValueError(f"no parameters of an X-Decoder: {_listed(unknown)}")
     return ours
+
+
+def left_out(state: State) -> list[str]:
+    """The weights that have no place in ours: the VQA head."""
+    return [name for name in state if _VQA.fullmatch(name)]
 
 
 def _target(name: str) -> str | None:
@@ -151,26 +163,27 @@ def model_config(state: State, *, heads: int | None = None, text_heads: int | No
     Raises `ValueError` where a parameter that tells a size is missing.
     """
     head, text = "sem_seg_head.predictor.", "sem_seg_head.predictor.lang_encoder.lang_encoder."
-    width = _shape(state, head + "class_embed")[0]
+    width = _side(state, head + "class_embed", 0)
     depths = tuple(
         _count(state, rf"backbone\.layers\.{i}\.blocks") for i in range(_count(state, r"backbone\.layers"))
     )
     blocks = [f"backbone.layers.{i}.blocks.0." for i in range(len(depths))]
     options = {
-        "embed_dim": _shape(state, "backbone.patch_embed.proj.weight")[0],
+        "embed_dim": _side(state, "backbone.patch_embed.proj.weight", 0),
         "depths": depths,
         "focal_levels": tuple(_count(state, re.escape(b) + r"modulation\.focal_layers") for b in blocks),
-        "focal_windows": tuple(_shape(state, b + "modulation.focal_layers.0.0.weight")[-1] for b in blocks),
+        "focal_windows": tuple(_side(state, b + "modulation.focal_layers.0.0.weight", -1) for b in blocks),
     }
     return ModelConfig(
         width=width,
         heads=heads or max(1, width // 64),
-        ffn=_shape(state, head + "transformer_ffn_layers.0.linear1.weight")[0],
+        ffn=_side(state, head + "transformer_ffn_layers.0.linear1.weight", 0),
         decoder_layers=_count(state, re.escape(head) + "transformer_ffn_layers"),
         encoder_layers=_count(state, _PIXEL + r"transformer\.encoder\.layers"),
-        latents=_shape(state, head + "query_feat.weight")[0] - 1,
+        latents=_side(state, head + "query_feat.weight", 0) - 1,
         task_tokens=False,
         text_contexts=0,
+        prompts=PROMPTS,
         no_object="background",
         backbone=BackboneConfig(
             name="focal_dw" if blocks and blocks[0] + "dw1.weight" in state else "focal",
@@ -180,7 +193,7 @@ def model_config(state: State, *, heads: int | None = None, text_heads: int | No
         text=TextConfig(
             layers=_count(state, re.escape(text) + "resblocks"),
             heads=text_heads or max(1, width // 64),
-            context=_shape(state, text + "positional_embedding")[0],
+            context=_side(state, text + "positional_embedding", 0),
             norm_eps=1e-12,
         ),
         quirks=QUIRKS,
@@ -190,19 +203,24 @@ def model_config(state: State, *, heads: int | None = None, text_heads: int | No
 def weights(content: Any) -> State:
     """The state dict in what an official file holds: flat, or in a training state, which prefixes its names.
 
-    Raises `ValueError` where there is none.
+    Raises `ValueError` where there is none, or where one is not finite.
     """
-    state = content.get("module", content) if isinstance(content, Mapping) else {}
-    anchor = next((str(name) for name in state if str(name).endswith("backbone_proj")), None)
-    if anchor is None or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    found = content.get("module", content) if isinstance(content, Mapping) else {}
+    state = found if isinstance(found, Mapping) else {}
+    anchor = next((name for name in state if str(name).endswith("backbone_proj")), None)
+    tensors = all(isinstance(n, str) and isinstance(tensor, Tensor) for n, tensor in state.items())
+    if anchor is None or not tensors:
         raise ValueError("not the weights of an X-Decoder: backbone_proj is missing, or not all are tensors")
+    bad = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise ValueError(f"{bad} holds NaN or infinity: the file is damaged, or its training had diverged")
     return {name.removeprefix(anchor.removesuffix("backbone_proj")): tensor for name, tensor in state.items()}
 
 
-def _shape(state: State, name: str) -> torch.Size:
-    if name not in state:
-        raise ValueError(f"not the weights of an X-Decoder: {name} is missing")
-    return state[name].shape
+def _side(state: State, name: str, axis: int) -> int:
+    if name not in state or not state[name].ndim:
+        raise ValueError(f"not the weights of an X-Decoder: {name} is missing, or has no sides")
+    return state[name].shape[axis]
 
 
 def _count(state: State, prefix: str) -> int:
@@ -242,6 +260,10 @@ def main(argv: Sequence[str]) -> int:
             equal &= stage.equal
             verdict = "" if stage.equal else "  DIFFERS"
             sys.stdout.write(f"{stage.name:<48} {stage.difference:8.1e}  of {stage.tolerance:.0e}{verdict}\n")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__} {' '.join(str(error).split())}"
+        sys.stderr.write(f"error: nothing to compare: no golden file of an X-Decoder: {said}\n")
+        return 2
     except (ValueError, RuntimeError) as error:  # the latter is torch's, of shapes that do not fit
         sys.stderr.write(f"error: nothing to compare: {' '.join(str(error).split())}\n")
         return 2

@@ -36,7 +36,8 @@ class PixelDecoder(nn.Module):
     """Maps, finest first -> (mask features float[B, D, h0, w0], three levels, coarsest first).
 
     The finest map carries the mask features, the decoder attends to the three coarsest: of four maps
-    (X-Decoder) these differ, of three the finest does both.
+    (X-Decoder) these differ, of three the finest does both. Without a transformer the FPN reads the coarsest
+    map itself, and the decoder its projection (MaskFormer, 2.2).
     """
 
     def __init__(self, channels: list[int], width: int, heads: int, ffn: int, layers: int) -> None:
@@ -45,13 +46,14 @@ class PixelDecoder(nn.Module):
         self.enter = conv(channels[-1], width, 1, norm=False)
         self.encoder = nn.ModuleList(_EncoderLayer(width, heads, ffn) for _ in range(layers))
         self.laterals = nn.ModuleList(conv(c, width, 1, norm=True) for c in reversed(channels[:-1]))
-        self.outputs = nn.ModuleList(conv(width, width, 3, norm=True) for _ in channels)
+        read = [width if layers else channels[-1], *(width for _ in self.laterals)]
+        self.outputs = nn.ModuleList(conv(c, width, 3, norm=True) for c in read)
         self.mask_features = conv(width, width, 3, norm=False)
 
     def forward(self, features: list[Tensor], padding: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self._encode(self.enter(features[-1]), padding)
-        y = F.relu_(self.outputs[0](x))
-        levels = [y]
+        y = F.relu_(self.outputs[0](x if self.encoder else features[-1]))
+        levels = [y if self.encoder else x]
         for feature, lateral, output in zip(
             reversed(features[:-1]), self.laterals, self.outputs[1:], strict=True
         ):

@@ -16,7 +16,7 @@ from xdecoder.model.backbone import Backbone
 from xdecoder.model.clip import clip_text
 from xdecoder.model.decoder import Decoder, Outputs, PatternName, Pixels, Prediction, Request, join
 from xdecoder.model.deformable import DeformablePixelDecoder
-from xdecoder.model.layers import Mlp, matrix
+from xdecoder.model.layers import Mlp, matrix, product, unit
 from xdecoder.model.pixel_decoder import PixelDecoder
 from xdecoder.model.text import TextEncoder, TextFeatures, Wordless
 from xdecoder.prompts import synonyms, task_prompt, tokenize
@@ -135,8 +135,8 @@ class XDecoder(nn.Module):
         return self.log_scale.exp().clamp(max=MAX_SCALE)
 
     def similarity(self, meaning: Tensor, texts: Tensor) -> Tensor:
-        """Scaled cosine: float[..., D] against float[K, D] -> logits float[..., K]."""
-        return self.scale() * F.normalize(meaning, dim=-1) @ F.normalize(texts, dim=-1).transpose(-1, -2)
+        """Scaled cosine: float[..., D] against float[K, D] -> logits float32[..., K]."""
+        return product(self.scale() * unit(meaning), unit(texts).mT)
 
     def class_logits(self, meaning: Tensor, classes: Tensor) -> Tensor:
         """Meanings of queries float[..., D] -> logits of K classes and of none of them, float[..., K + 1].
@@ -147,7 +147,7 @@ class XDecoder(nn.Module):
         if self.config.classes:
             return meaning.index_select(-1, classes)
         if self.config.no_object is None:  # its length counts, unlike that of a text (ZegFormer, 3.1)
-            none = self.scale() * F.normalize(meaning, dim=-1) @ self.no_object
+            none = product(self.scale() * unit(meaning), self.no_object)
             return torch.cat((self.similarity(meaning, classes), none[..., None]), -1)
         return self.similarity(meaning, classes)
 
@@ -178,7 +178,7 @@ class XDecoder(nn.Module):
         logits = self.pixel_logits(prediction, pixels, images, classes)
         count = logits.shape[1]
         sure = torch.eye(count, count + 1, device=logits.device)
-        return sure.expand(len(logits), -1, -1), logits.log_softmax(1)
+        return sure.expand(logits.shape[0], -1, -1), logits.log_softmax(1)
 
     def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
         """Any texts, for inference; training encodes all texts of a step in one pass
@@ -263,5 +263,5 @@ class ClassTexts:
 
     def embed(self, sentences: Tensor) -> Tensor:
         """Sentence embeddings float[n, D] of `ids` -> unit float[K + 1, D]; synonyms are averaged."""
-        parts = F.normalize(sentences, dim=-1).split(self.rows)
-        return F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)
+        parts = unit(sentences).split(self.rows)
+        return unit(torch.stack([part.mean(0) for part in parts]))

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from schemas.jobs import LossConfig
 from schemas.tasks import TASKS
 from xdecoder.model.decoder import Outputs, Pixels, Prediction
+from xdecoder.model.layers import product, unit
 from xdecoder.model.text import TextFeatures
 from xdecoder.model.xdecoder import MAX_SCALE, XDecoder
 from xdecoder.prompts import END, PAD, VOCABULARY_SIZE
@@ -89,7 +90,7 @@ def _mask_classification(
     kind = scene.config.pixelwise
     drawn = _matched_masks(scene, outputs.predictions, work.images, pairs)
     terms[f"mask_{kind}"], terms["mask_dice"] = matched_losses(
-        drawn, targets.masks, pairs, scene.config, kind
+        drawn, targets.masks, pairs, scene.config, kind, sum(targets.counts)
     )
     if scene.config.region_ce:
         terms["region_ce"] = _region_loss(scene, work, targets)
@@ -157,10 +158,12 @@ def class_loss(logits: Tensor, labels: Tensor, pairs: Pairs, no_object: float) -
         wanted[i // rows, i % rows, queries] = labels[i % rows, targets]
     weight = torch.ones(columns, device=logits.device)
     weight[-1] = no_object
+    tiny = torch.finfo(weight.dtype).tiny
     own = weight[wanted[0]].sum()  # the same for every layer: each matches as many
-    share = own / joined.number(own, own.device, least=torch.finfo(own.dtype).tiny)
+    share = own / joined.number(own, own.device, least=tiny)
     if not rows:
         return logits.sum() * 0
+    weight = weight.clamp(min=tiny)  # without a target, and no weight for no-object, the mean is 0 / 0
     losses = [F.cross_entropy(logits[i].flatten(0, 1), wanted[i].flatten(), weight) for i in range(layers)]
     return torch.stack(losses).sum() * share
 
@@ -175,16 +178,22 @@ def _region_loss(scene: Scene, work: Work, targets: MaskTargets) -> Tensor:
 
 
 def mask_losses(
-    logits: Tensor, truth: Tensor, pairs: Pairs, config: LossConfig, pixelwise: Pixelwise = "bce"
+    logits: Tensor,
+    truth: Tensor,
+    pairs: Pairs,
+    config: LossConfig,
+    pixelwise: Pixelwise = "bce",
+    count: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A pixelwise loss and dice of the matched masks, summed over masks and predictions.
 
     logits float[L, R, O, h, w], truth float[R, M, H, W]. On points of the mask, or on every pixel of the
-    truth where `config.points` is 0. Divided by the number of target masks of all ranks, at least one, times
-    the number of ranks. Without a match both are zero and connected to the graph.
+    truth where `config.points` is 0. Divided by `count` masks of all ranks, at least one, over the number of
+    ranks: by default as many as one prediction matches, which are fewer than the targets where these
+    outnumber the latents. Without a match both are zero and connected to the graph.
     """
     layer, row, query, _ = matched(pairs, len(truth)).to(logits.device).unbind(1)
-    return matched_losses(logits[layer, row, query], truth, pairs, config, pixelwise)
+    return matched_losses(logits[layer, row, query], truth, pairs, config, pixelwise, count)
 
 
 def matched(pairs: Pairs, rows: int) -> Tensor:
@@ -196,11 +205,18 @@ def matched(pairs: Pairs, rows: int) -> Tensor:
 
 
 def matched_losses(
-    logits: Tensor, truth: Tensor, pairs: Pairs, config: LossConfig, pixelwise: Pixelwise
+    logits: Tensor,
+    truth: Tensor,
+    pairs: Pairs,
+    config: LossConfig,
+    pixelwise: Pixelwise,
+    count: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `mask_losses`, of the logits float[n, h, w] of the matched masks, in the order of `matched`."""
     rows = len(truth)
-    number = joined.number(sum(len(q) for q, _ in pairs[-rows:]) if rows else 0, logits.device)
+    if count is None:
+        count = sum(len(q) for q, _ in pairs[-rows:]) if rows else 0
+    number = joined.number(count, logits.device)
     if not len(logits):
         zero = logits.sum() * 0
         return zero, zero
@@ -273,7 +289,7 @@ def query_text_loss(queries: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor
     Cross-entropy of rows plus that of columns, no half (OneFormer, 1.8); zero for a single image in all.
     """
     scale = log_scale.exp().clamp(max=MAX_SCALE)
-    q, t = (F.normalize(x.flatten(1), dim=-1) for x in (queries, texts))
+    q, t = (unit(x.flatten(1)) for x in (queries, texts))
     return 2 * _contrast(q, t, scale)
 
 
@@ -367,13 +383,11 @@ def retrieval(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
     outputs = scene.model.ask(scene.pixels, "segmentation", work.images, _tasks(scene, work))
     top = outputs.predictions[-scene.config.top_layers :]
     whole, nouns = texts.rows(slice(len(work.images))), texts.rows(slice(len(work.images), None))
-    scale, captions = scene.model.scale(), F.normalize(whole.sentence, dim=-1)
+    scale, captions = scene.model.scale(), unit(whole.sentence)
     decoder = [
-        _contrast(F.normalize(p.image, dim=-1), captions, scale)
-        + 0.5 * fine_contrast(p.semantic, whole, scale)
-        for p in top
+        _contrast(unit(p.image), captions, scale) + 0.5 * fine_contrast(p.semantic, whole, scale) for p in top
     ]
-    pooled = F.normalize(scene.model.embed_pooled(scene.pixels)[work.images], dim=-1)
+    pooled = unit(scene.model.embed_pooled(scene.pixels)[work.images])
     terms = {
         "retrieval": torch.stack(decoder).sum(),
         "retrieval_backbone": _contrast(pooled, captions, scale),
@@ -410,8 +424,8 @@ def noun_loss(scene: Scene, latents: Tensor, nouns: TextFeatures, counts: Sequen
     if not len(distinct):
         return named.sum() * 0
     shared = F.one_hot(wanted).T.float()  # [phrases, pairs]
-    names = F.normalize(sentences[shared.argmax(1)], dim=-1)
-    logits = joined.fixed(scene.model.scale()) * F.normalize(named, dim=-1) @ names.T
+    names = unit(sentences[shared.argmax(1)])
+    logits = product(joined.fixed(scene.model.scale()) * unit(named), names.T)
     of_latents = F.cross_entropy(logits, wanted)
     of_phrases = F.cross_entropy(logits.T, shared / shared.sum(1, keepdim=True))
     return joined.once(0.7 * of_latents + 0.3 * of_phrases)
@@ -426,14 +440,14 @@ def fine_contrast(latents: Tensor, captions: TextFeatures, scale: Tensor) -> Ten
     place = torch.arange(1, keep.shape[1] + 1, device=keep.device) * keep
     share = joined.parts((place / place.sum(1, keepdim=True))[keep])
     lengths = joined.parts(keep.sum(1))
-    tokens = joined.parts(F.normalize(captions.tokens[keep], dim=-1))
-    pictures = joined.parts(F.normalize(latents, dim=-1).mean(1))  # the mean of cosines is one product
+    tokens = joined.parts(unit(captions.tokens[keep]))
+    pictures = joined.parts(unit(latents).mean(1))  # the mean of cosines is one product
     (every_picture, picture), (every_token, token) = joined.gather(pictures), joined.gather(tokens)
     owner = torch.arange(len(lengths), device=keep.device).repeat_interleave(lengths)
     here = torch.arange(len(owner), device=keep.device)
     scale = joined.fixed(scale)
-    rows = scale * pictures @ every_token.T
-    columns = scale * every_picture @ tokens.T if joined.world() > 1 else rows
+    rows = product(scale * pictures, every_token.T)
+    columns = product(scale * every_picture, tokens.T) if joined.world() > 1 else rows
     to_tokens = -(rows.log_softmax(1)[owner, here + token] * share).sum()
     to_images = -(columns.log_softmax(0)[owner + picture, here] * share).sum()
     to_tokens = to_tokens * joined.world() / max(1, len(every_picture))
@@ -515,7 +529,7 @@ def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     a, b, scale = joined.parts(a), joined.parts(b), joined.fixed(scale)
     (everyone_a, first), (everyone_b, _) = joined.gather(a), joined.gather(b)
     wanted = torch.arange(len(a), device=a.device) + first
-    both = (scale * a @ everyone_b.T, scale * b @ everyone_a.T)
+    both = (product(scale * a, everyone_b.T), product(scale * b, everyone_a.T))
     rows = torch.stack([F.cross_entropy(logits, wanted, reduction="sum") for logits in both]).sum()
     # ranks may hold unequal rows, or none: rows weigh alike, not ranks
     return joined.once(rows / 2 * joined.world() / max(1, len(everyone_a)))

@@ -7,6 +7,9 @@ from torch.distributed.tensor import DTensor
 
 from schemas.jobs import OptimConfig
 
+# Tables that are no `nn.Embedding`: of the text encoder, of Swin's windows (OneFormer, 1.11).
+POSITIONS = ("text.positions", "relative_position_bias_table")
+
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.AdamW:
     """AdamW with a slower backbone and text encoder.
@@ -22,7 +25,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.AdamW:
             continue
         part = name.split(".")
         scale = config.backbone_scale if "backbone" in part else config.text_scale if "text" in part else 1.0
-        plain = parameter.ndim < 2 or id(parameter) in embeddings or name.endswith("text.positions")
+        plain = parameter.ndim < 2 or id(parameter) in embeddings or name.endswith(POSITIONS)
         decay = 0.0 if plain else config.weight_decay
         groups.setdefault((scale, decay, isinstance(parameter, DTensor)), []).append(parameter)
     return optim.AdamW(

@@ -2,7 +2,7 @@
 with activation checkpointing, compiled.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -90,6 +90,18 @@ def collecting(objective: nn.Module, *, last: bool) -> AbstractContextManager[An
     if isinstance(objective, DistributedDataParallel):
         return objective.no_sync()
     return _unsynchronised(objective) if isinstance(objective, FSDPModule) else nullcontext()
+
+
+@contextmanager
+def without_trace(objective: nn.Module, device: str) -> Iterator[None]:
+    """What goes through inside changes no running statistics, and draws the numbers that come again
+    behind it.
+    """
+    kept = [buffer.clone() for buffer in objective.buffers()]
+    with torch.random.fork_rng([device] if device.startswith("cuda") else []):
+        yield
+    for buffer, before in zip(objective.buffers(), kept, strict=True):
+        buffer.copy_(before)
 
 
 def finish(objective: nn.Module, parameters: Iterable[nn.Parameter], clip: float) -> Tensor:

@@ -200,9 +200,10 @@ class Trainer:
         """Collect the gradients of the micro-batches; returns the loss and its terms, without gradient."""
         rehearsal, sums = Rehearsal(), dict[str, Tensor]()
         if len(micros) > 1:
-            for part, micro in enumerate(micros):
-                with torch.no_grad(), joined.rehearsing(rehearsal, part, playing=False):
-                    self._terms(micro)
+            with torch.no_grad(), parallel.without_trace(self.objective, self.device):
+                for part, micro in enumerate(micros):
+                    with joined.rehearsing(rehearsal, part, playing=False):
+                        self._terms(micro)
         for part, micro in enumerate(micros):
             last = part == len(micros) - 1
             with parallel.collecting(self.objective, last=last), self._scene(rehearsal, part, micros):
