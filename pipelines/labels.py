@@ -65,6 +65,10 @@ class Runs:
         return np.repeat(self.ids[self.which], self.length).reshape(self.shape)
 
 
+_PNG_DEPTH = 24  # the byte of a PNG that says how many bits a pixel has
+_SPREAD = {2: 85, 4: 17}  # what PIL multiplies so few bits of grey by, to fill eight
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabelMap:
     """Its pixels; the sha256 and the size of everything that it was read from."""
@@ -124,7 +128,10 @@ def read(label: str, max_pixels: int) -> LabelMap:
         data = places.read(place)
         digest.update(data)
         sizes.append(len(data))
-        return decode(data, _FORMATS if encoding.startswith("index") else _FORMATS[:1], max_pixels)
+        image = decode(data, _FORMATS if encoding.startswith("index") else _FORMATS[:1], max_pixels)
+        grey = image.format == "PNG" and image.mode == "L"
+        spread = _SPREAD.get(data[_PNG_DEPTH], 1) if grey else 1
+        return image.point(lambda value: value // spread) if spread > 1 else image
 
     try:
         ids = ENCODINGS[encoding](parts, load)
@@ -214,7 +221,7 @@ def _rgb(parts: Sequence[str], load: Load) -> Array:
 
 
 def _index(parts: Sequence[str], load: Load) -> Array:
-    """One channel of 1, 8 or 16 bits, or palette indices: the value is the id, and 0 is void."""
+    """One channel of 1 to 16 bits, or palette indices: the value is the id, and 0 is void."""
     return _one_channel(load(parts[0]))
 
 

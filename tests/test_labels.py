@@ -2,7 +2,9 @@
 
 import io
 import json
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,22 @@ def test_a_map_of_one_bit_holds_0_and_1(tmp_path: Path) -> None:
     assert np.array_equal(
         labels.read(label_place("index_from_0", place), LIMIT).runs.pixels, 1 + (MAP == 255)
     )
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_grey_map_of_few_bits_holds_their_values(tmp_path: Path, bits: int) -> None:
+    """PIL spreads them over eight; it cannot write them, so the file is made here."""
+    values = np.arange(2**bits, dtype=np.uint8)
+    packed = values.reshape(-1, 8 // bits) @ (1 << np.arange(8 - bits, -1, -bits))
+    row = zlib.compress(b"\0" + packed.astype(np.uint8).tobytes())
+    parts = {b"IHDR": struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0), b"IDAT": row, b"IEND": b""}
+    chunks = [
+        struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts.items()
+    ]
+    place = str(tmp_path / "x.png")
+    Path(place).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert np.asarray(Image.open(place)).max() == 255
+    assert labels.read(label_place("index", place), LIMIT).runs.pixels.tolist() == [values.tolist()]
 
 
 def test_a_map_that_is_not_what_its_encoding_says_is_a_fault(tmp_path: Path) -> None:
