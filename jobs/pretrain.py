@@ -155,6 +155,8 @@ def _begin(
 def _name(job: PretrainJob, data: DatasetVersion) -> str:
     """Of all runs with these settings and this data."""
     train = job.train.model_dump(mode="json", exclude=PLACEMENT)
+    if not train["loss"]["nouns"]:  # a later setting: runs that began before it go on
+        del train["loss"]["nouns"]
     mixed = job.model_dump(mode="json")["datasets"].items()
     learned = (job.model, train, job.registered_model, data.id, *mixed)
     return f"{job.name}-{digest(*learned)[:8]}"

@@ -287,6 +287,7 @@ class Catalog:
             write_atomically(staging / CHECKSUMS, json.dumps(hashes).encode())
             sync_folder(staging)
             damaged = folder.with_name(f".{card.version}.damaged.tmp")
+            shutil.rmtree(damaged, ignore_errors=True)  # of a build that was killed here
             if not new:
                 folder.rename(damaged)
             staging.rename(folder)

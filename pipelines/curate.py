@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Literal, TypeVar
 
-from pipelines.corpora.rows import Row
+from pipelines.corpora.coco_masks import mask
+from pipelines.corpora.rows import Refusal, Row
 from pipelines.facts import Files
 from pipelines.inspection import Facts
 from pipelines.labels import LabelError, segments_of
@@ -38,6 +39,8 @@ def judge(row: Row, files: Files) -> tuple[Segment, ...] | Reject:
     """Its segments, none where it has no label map; or why the row cannot be used."""
     try:
         _check_image(row, files["image", row.image_path])
+        if row.origins:  # masks of a version: here, where rows are looked at side by side, as it takes long
+            _check_masks(row, files["image", row.image_path])
         segments = _segments(row, files)
         if not (segments or row.referring or row.captions or row.questions):
             raise _Refused("unannotated", "nothing is said about this image")
@@ -65,6 +68,14 @@ def _check_image(row: Row, image: Facts) -> None:
     wrong = [size for size in (stated, *(r.mask.size for r in row.referring)) if size != found]
     if wrong:
         raise _Refused("size", f"annotated as height, width {wrong[0]}, the file is {found}")
+
+
+def _check_masks(row: Row, image: Facts) -> None:
+    for referring in row.referring:
+        try:
+            mask(referring.mask, image)
+        except Refusal as refusal:
+            raise _Refused(refusal.reason, refusal.detail) from None
 
 
 def _segments(row: Row, files: Files) -> tuple[Segment, ...]:

@@ -556,12 +556,12 @@ def test_an_empty_text_among_several_is_a_reject_and_the_others_stay(root: Path)
     tar(root / "pairs.tar", [("1.jpg", image), ("1.txt", b""), ("1.json", b'{"caption": ["", "a dog"]}')])
     pq.write_table(pa.table({"image": ["1.jpg"], "caption": [["a dog", ""]]}), root / "t.parquet")
     for form, record, changed in (
-        ("karpathy", "image 1", {}),
+        ("karpathy", "caption of image 1", {}),
         ("vqa_v2", "question 1", {}),
         ("grounding", "annotation 11", {}),
         ("refcoco", "ref 1", {}),
-        ("webdataset", "pairs.tar '1'", {}),
-        ("captions_table", "t.parquet row 0", {"annotations": "t.parquet"}),
+        ("webdataset", "caption of pairs.tar '1'", {}),
+        ("captions_table", "caption of t.parquet row 0", {"annotations": "t.parquet"}),
     ):
         rows, rejects = both(corpus(root, form, **changed))
         assert [(reject.record, reject.reason) for reject in rejects] == [(record, "text")], form
@@ -570,6 +570,31 @@ def test_an_empty_text_among_several_is_a_reject_and_the_others_stay(root: Path)
         assert form != "karpathy" or rows[0].source.ids == ("10", "11")
         assert form != "vqa_v2" or rows[0].questions[0].answers == ("dog",) * 9
         assert len(rows) == (1 if form in ("webdataset", "captions_table") else 2)
+
+
+def test_a_link_within_a_sample_of_a_tar_does_not_part_it(root: Path) -> None:
+    image = (root / "images/1.jpg").read_bytes()
+    with tarfile.open(root / "pairs.tar", "w") as file:
+        for name, data in (("1.jpg", image), ("latest", b""), ("1.txt", b"a dog")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if name == "latest":
+                info.type, info.linkname = tarfile.SYMTYPE, "1.jpg"
+            file.addfile(info, io.BytesIO(data))
+    rows, rejects = both(corpus(root, "webdataset"))
+    assert [row.captions for row in rows] == [("a dog",)]
+    assert [(reject.record, reject.reason) for reject in rejects] == [("pairs.tar 'latest'", "no-image")]
+
+
+def test_of_two_columns_of_licences_the_one_that_says_something_counts(root: Path) -> None:
+    lines = ["image\tcaption\tlicence\tlicense", "1.jpg\ta dog\t\tCC BY", "2.jpg\ta cat\tCC0\tCC BY"]
+    (root / "t.tsv").write_text("\n".join(lines) + "\n")
+    rows, _ = both(corpus(root, "captions_table", annotations="t.tsv"))
+    assert [row.source.licence for row in rows] == ["CC BY", "CC0"]
+    named = pa.table([["1.jpg"], ["a dog"], ["CC0"], ["CC BY"]], ["image", "caption", "license", "license"])
+    pq.write_table(named, root / "t.parquet")
+    rows, _ = both(corpus(root, "captions_table", annotations="t.parquet"))
+    assert [row.source.licence for row in rows] == [""], "which of the two is meant is not said"
 
 
 def test_captions_of_an_unknown_image_are_one_reject(root: Path) -> None:

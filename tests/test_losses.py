@@ -366,7 +366,8 @@ def test_the_noun_loss_equals_its_formula() -> None:
     for i, caption in enumerate(captions):
         something = 1 - of.class_logits(latents[i], scene.classes).softmax(-1)[:, -1:]
         own = torch.stack([meanings[p] for p in caption]) if caption else torch.zeros(0, MODEL.width)
-        likely = (something * of.similarity(latents[i], own).softmax(-1)).tolist()
+        similar = of.similarity(latents[i], own)
+        likely = (something * similar.softmax(0) * similar.softmax(1)).tolist()
         ways = itertools.permutations(range(4), len(caption))
         best = max(ways, key=lambda way: sum(likely[q][n] for n, q in enumerate(way)))  # noqa: B023
         pairs += [(latents[i, q], p) for q, p in zip(best, caption, strict=True)]
@@ -382,7 +383,7 @@ def test_the_noun_loss_equals_its_formula() -> None:
         columns.append(-sum(logits.log_softmax(0)[i, j] for i in said) / len(said))
     expected = 0.7 * sum(rows) / len(rows) + 0.3 * sum(columns) / len(columns)
     assert len(pairs) == 5 and len(names) == 4
-    torch.testing.assert_close(losses.noun_loss(scene, latents, texts, counts), expected)
+    torch.testing.assert_close(losses.noun_loss(scene, latents[None], texts, counts), expected)
 
 
 def test_nouns_go_to_latents_that_are_something() -> None:
@@ -391,15 +392,28 @@ def test_nouns_go_to_latents_that_are_something() -> None:
     scene, (texts, _) = scene_of(of, batch_of("retrieval")), spoken(of, ["dog"])
     dog, nothing = (F.normalize(x, dim=0) for x in (texts.sentence[0], scene.classes[-1]))
     latents = torch.stack((dog + 2 * nothing, dog))[None].detach().requires_grad_()
-    losses.noun_loss(scene, torch.cat((latents, latents)), *spoken(of, ["dog"], ["cat"])).backward()
+    both = torch.cat((latents, latents.detach()))[None]
+    losses.noun_loss(scene, both, *spoken(of, ["dog"], ["cat"])).backward()
     assert latents.grad is not None
     assert latents.grad[0, 1].any() and not latents.grad[0, 0].any()
+
+
+def test_a_lone_noun_goes_to_the_latent_that_means_it() -> None:
+    """Also where the one that means the contrary is rather an object."""
+    of = model()
+    scene, (texts, _) = scene_of(of, batch_of("retrieval")), spoken(of, ["red square"])
+    named, nothing = (F.normalize(x, dim=0) for x in (texts.sentence[0], scene.classes[-1]))
+    latents = torch.stack((named + 0.05 * nothing, -nothing))[None].detach().requires_grad_()
+    both = torch.cat((latents, latents.detach()))[None]
+    losses.noun_loss(scene, both, *spoken(of, ["red square"], ["sky"])).backward()
+    assert latents.grad is not None
+    assert latents.grad[0, 0].any() and not latents.grad[0, 1].any()
 
 
 def test_captions_that_speak_of_nothing_teach_no_noun() -> None:
     of = model()
     latents = noise(2, 4, MODEL.width).requires_grad_()
-    loss = losses.noun_loss(scene_of(of, batch_of("retrieval")), latents, *spoken(of, [], []))
+    loss = losses.noun_loss(scene_of(of, batch_of("retrieval")), latents[None], *spoken(of, [], []))
     loss.backward()
     assert loss.item() == 0 and latents.grad is not None and not latents.grad.any()
 
@@ -407,7 +421,7 @@ def test_captions_that_speak_of_nothing_teach_no_noun() -> None:
 def test_more_phrases_than_latents_leave_some_out() -> None:
     of = model()
     scene, latents = scene_of(of, batch_of("retrieval")), noise(1, 2, MODEL.width)
-    found = losses.noun_loss(scene, latents, *spoken(of, ["dog", "cat", "sky", "grass"]))
+    found = losses.noun_loss(scene, latents[None], *spoken(of, ["dog", "cat", "sky", "grass"]))
     assert torch.isfinite(found)
 
 

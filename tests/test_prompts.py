@@ -80,6 +80,7 @@ def test_the_list_of_texts_has_the_asked_length_whatever_the_targets() -> None:
         ("grass, water and a purple cross", ("grass", "water", "purple cross")),
         ("a dog, another dog and the dog's T-shirt", ("dog", "dog's t-shirt")),
         ("3 of them, 25% off!", ()),
+        ("There's a dog that isn\u2019t black; it\u2019s a woman's hat", ("dog", "black", "woman's hat")),
         ("", ()),
         ("Übergrößen über einem Hügel", ("übergrößen über einem hügel",)),  # English alone is taken apart
     ],

@@ -16,7 +16,7 @@ from xdecoder.training.trainer import NonFiniteLoss, StepReport, Trainer
 
 SEGMENTATION = ("class_ce", "region_ce", "mask_bce", "mask_dice", "query_text")
 REFERRING = ("grounding_ce", "grounding_bce", "grounding_dice")
-IMAGE_TEXT = ("retrieval", "retrieval_backbone", "captioning", "vqa")
+IMAGE_TEXT = ("retrieval", "retrieval_backbone", "nouns", "captioning", "vqa")
 LOGGED = (*SEGMENTATION, *REFERRING, *IMAGE_TEXT)
 
 

@@ -37,6 +37,8 @@ def _tokenizer() -> open_clip.SimpleTokenizer:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _ids(text: str) -> tuple[int, ...]:
+    if len(_tokenizer().cache) > 4 * _REMEMBERED:  # it keeps every word that it ever met
+        _tokenizer.cache_clear()
     return tuple(_tokenizer().encode(text))
 
 
@@ -113,8 +115,11 @@ def nouns(caption: str) -> tuple[str, ...]:
     The candidates of RAKE (Rose et al. 2010), in the place of X-Decoder's tagger.
     """
     runs: list[list[str]] = [[]]
-    for word in _WORD.findall(caption.lower()):
-        if word in _FUNCTION_WORDS or not word[0].isalpha():
+    for word in _WORD.findall(caption.lower().replace("\u2019", "'")):
+        short = word.partition("'")[0] in _FUNCTION_WORDS or word.endswith(
+            "n't"
+        )  # "there's", "it's", "isn't"
+        if short or not word[0].isalpha():
             runs.append([])
         else:
             runs[-1].append(word)

@@ -61,7 +61,8 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 if isinstance(image, Refusal):
                     raise image
                 sentences, unusable = texts(_sentences(said))
-                yield from (refuse(corpus, name, why) for why in unusable)
+                whose = f"caption of {name}" if sentences else name
+                yield from (refuse(corpus, whose, why) for why in unusable)
                 licence = licences.of_image(corpus, stated)
                 if sentences and isinstance(image, _Found):
                     yield _row(corpus, replace(image, licence=licence), sentences.values())
@@ -149,7 +150,7 @@ def _delimited(corpus: CorpusConfig, path: Path, lines: Iterator[tuple[int, list
             f"`caption_column`); it is {ascii(header):.120}"
         )
     at = [header.index(column) for column in wanted]
-    named = [header.index(column) for column in licences.COLUMNS if column in header][:1]
+    named = [header.index(column) for column in licences.COLUMNS if column in header]
     for number, cells in lines:
         if cells in ([], [""]):
             continue
@@ -157,7 +158,7 @@ def _delimited(corpus: CorpusConfig, path: Path, lines: Iterator[tuple[int, list
         if len(cells) != len(header):
             yield name, Refusal("record", f"{len(cells)} cells, the header has {len(header)}"), None, None
         else:
-            yield name, cells[at[0]], cells[at[1]], "".join(cells[i] for i in named)
+            yield name, cells[at[0]], cells[at[1]], next((cells[i] for i in named if cells[i]), "")
 
 
 def _parquet(corpus: CorpusConfig, path: Path) -> Iterator[Record]:
@@ -203,7 +204,7 @@ def _names(image: str) -> tuple[str, str]:
 
 def _type(schema: pa.Schema, column: str) -> pa.DataType | None:
     name, _, inner = column.partition(".")
-    if name not in schema.names:
+    if schema.names.count(name) != 1:
         return None
     kind = schema.field(name).type
     while inner:

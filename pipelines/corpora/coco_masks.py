@@ -7,8 +7,9 @@ from pydantic import Field
 from pipelines.corpora.coco_images import CocoImage
 from pipelines.corpora.files import Entry, Text
 from pipelines.corpora.rows import Refusal
+from pipelines.inspection import Facts
 from schemas.masks import annotation_rle, area_of
-from schemas.records import Rle, SampleMeta
+from schemas.records import Rle
 
 MAX_PIXELS = 2**28  # of an image that masks are made for; chosen by us, above any photograph
 MAX_INSTANCES = 65535  # of one image: a label map has 16 bits
@@ -27,7 +28,7 @@ class Runs(Entry):
 Segmentation = list[list[Coordinate]] | Runs
 
 
-def mask(segmentation: Segmentation | Rle, image: CocoImage | SampleMeta) -> Rle:
+def mask(segmentation: Segmentation | Rle, image: CocoImage | Facts) -> Rle:
     """The pixels of an object. Raises `Refusal`: malformed, far outside the image, of another size, empty."""
     if image.height * image.width > MAX_PIXELS:
         raise Refusal("segmentation", f"the image claims {image.height} x {image.width} pixels")

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipelines import places
-from pipelines.corpora.coco_masks import mask
 from pipelines.corpora.files import label, load_json, text
 from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
 from pipelines.labels import label_place
@@ -188,8 +187,7 @@ def _meta(place: str, kinds: Kinds) -> SampleMeta:
     said = {
         "captions": tuple(map(text, meta.captions)),
         "referring": tuple(
-            Referring(sentences=tuple(map(text, r.sentences)), mask=mask(r.mask, meta))
-            for r in meta.referring
+            Referring(sentences=tuple(map(text, r.sentences)), mask=r.mask) for r in meta.referring
         ),
         "questions": tuple(
             Question(question=text(q.question), answers=tuple(map(text, q.answers)), kind=q.kind)

@@ -37,7 +37,8 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 raise Refusal("duplicate-id", "an image with this imgid was read already")
             done.add(str(image.imgid))
             captions, unusable = texts(sentence.raw for sentence in image.sentences)
-            yield from (refuse(corpus, f"image {image.imgid}", why) for why in unusable)
+            name = f"caption of image {image.imgid}" if captions else f"image {image.imgid}"
+            yield from (refuse(corpus, name, why) for why in unusable)
             if captions:
                 yield _row(corpus, image, captions)
         except Refusal as refusal:

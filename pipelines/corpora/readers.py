@@ -58,6 +58,8 @@ TAXONOMIES: dict[Format, Callable[[CorpusConfig], Taxonomy]] = {
 
 _COCO_NUMBER = re.compile("(?:COCO_[a-z]+20[0-9]{2}_)?0*([0-9]+)")  # of an id or a file name of COCO
 
+_SHARD = re.compile("(?:train|val)-[a-z_]+-[0-9a-f]{16}[.]tar")  # of a version, see `shard_name`
+
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
     """Read the annotation files of a corpus, one row an image, at most `corpus.limit` rows (0 is all).
@@ -95,11 +97,12 @@ def _number(corpus: CorpusConfig, row: Row) -> str:
 def _own_id(row: Row) -> str:
     """What the image is called by whoever published it; empty where that is not known.
 
-    Of a sample that was built before, what the last of its sources says: those of versions come first.
+    Of a sample that was built before, what the first of its sources says that is no version.
     """
     if row.origins:
-        known = [s.ids if s.files[0].endswith(CONTAINERS) else s.files for s in row.origins if s.files]
-        return next((found[0] for found in reversed(known) if found), "")
+        first = [s for s in row.origins if s.files and not _SHARD.fullmatch(s.files[0])]
+        known = [s.ids if s.files[0].endswith(CONTAINERS) else s.files for s in first]
+        return next((found[0] for found in known if found), "")
     if not row.image_id.startswith(f"{row.source.files[0]}#"):
         return row.image_id
     return row.source.ids[0] if row.source.ids else ""

@@ -16,7 +16,7 @@ Reason = Literal[
 ]
 
 # What the `record` of a reject begins with where it is something said of an image, which stays.
-PARTS = ("annotation", "caption", "object", "question", "ref", "region")
+PARTS = ("annotation", "answer", "caption", "object", "question", "ref", "region")
 
 MAX_DETAIL = 500  # characters; chosen by us, so that a record cannot fill the table of rejects with itself
 

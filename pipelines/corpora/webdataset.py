@@ -63,7 +63,8 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 licence = licences.of_image(corpus, licences.stated(said))
                 found = (*_txt(path, item), *_captions(said, corpus.caption_column))
                 captions, unusable = texts(dict.fromkeys(found))
-                yield from (refuse(corpus, name, why) for why in unusable)
+                whose = f"caption of {name}" if captions else name
+                yield from (refuse(corpus, whose, why) for why in unusable)
                 if captions or not unusable:
                     yield _row(corpus, path, file, item, captions.values(), licence)
             except Refusal as refusal:
@@ -89,11 +90,12 @@ def _samples(path: Path) -> Iterator[_Sample | Refusal]:
             for info in tar:
                 if info.isreg() or info.islnk() or info.issym():
                     key, suffix = _split(info.name)
+                    plain = info.isreg() and not info.issparse()  # its bytes lie in one piece behind it
                     if sample is not None and key != sample.key:
-                        yield sample
-                        sample = None
+                        yield sample if plain else _Sample(key=key)  # a link is none, and parts none
+                        sample = None if plain else sample
                     sample = sample or _Sample(key=key)
-                    if info.isreg() and not info.issparse():  # its bytes lie in one piece behind its header
+                    if plain:
                         if suffix in sample.members:
                             sample.twice.append(suffix)
                         sample.members[suffix] = (info.offset_data, info.size)

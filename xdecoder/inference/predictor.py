@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pyarrow import fs
+from pyarrow import ArrowException, fs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -262,7 +262,10 @@ class Predictor:
         (`file://`, `s3://`, `gs://` ...). Raises `ValueError` where that holds none.
         """
         with _at_hand(place) as folder:
-            model, card = load_model(folder, device)
+            try:
+                model, card = load_model(folder, device)
+            except ValueError as error:  # of a copy, which nobody knows
+                raise ValueError(str(error).replace(str(folder), _shown(place))) from None
         return cls(model, card)
 
     def see(self, images: Sequence[Picture], tasks: Sequence[Task] = ()) -> Seen:
@@ -702,7 +705,7 @@ def _at_hand(place: str | Path) -> Iterator[Path]:
     if isinstance(place, Path) or not re.match(r"[a-z][a-z0-9+.-]+:/", place):
         yield Path(place).expanduser()
         return
-    shown = place.partition("?")[0]
+    shown = _shown(place)
     if place.startswith(("models:", "runs:")):
         raise ValueError(
             f"{shown} is known to MLflow alone: give the folder that `jobs.tracking.connect(store)` fetches "
@@ -716,9 +719,15 @@ def _at_hand(place: str | Path) -> Iterator[Path]:
                 fs.copy_files(f"{root}/{name}", f"{folder}/{name}", files, fs.LocalFileSystem())
         except FileNotFoundError:
             raise ValueError(f"{shown} holds no model: {name} is missing") from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{shown}: {name} cannot be fetched ({error})") from None
+        except (OSError, ValueError, ArrowException) as error:
+            why = str(error).replace(place, shown)
+            raise ValueError(f"{shown}: {name} cannot be fetched ({why})") from None
         yield Path(folder)
+
+
+def _shown(place: str | Path) -> str:
+    """As it may stand in a message: without what grants access."""
+    return re.sub(r"(?<=//)[^/@]*:[^/@]*@", "", str(place).partition("?")[0])
 
 
 def _some(images: Sequence[Picture]) -> tuple[Picture, ...]:

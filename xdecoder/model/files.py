@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,8 +64,10 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[XDecoder, ModelCard]:
     model = XDecoder(unfetched(card.model)).to(device).eval()
     try:
         model.load_state_dict(load_file(folder / WEIGHTS, device=device))
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS}: damaged ({error}); fetch or export it again") from None
     except RuntimeError as error:
         raise ValueError(
-            f"{folder / WEIGHTS}: the weights are of another model than {CARD}: {error}"
+            f"{folder / WEIGHTS}: the weights are not of {CARD}'s model, or an earlier release's: {error}"
         ) from None
     return model, card

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from schemas.jobs import LossConfig
 from schemas.tasks import TASKS
@@ -393,30 +394,41 @@ def retrieval(scene: Scene, work: Work, texts: TextFeatures) -> Terms:
         "retrieval_backbone": _contrast(pooled, captions, scale),
     }
     if scene.config.nouns:
-        found = [noun_loss(scene, p.semantic, nouns, work.targets.counts) for p in top]
-        terms["nouns"] = torch.stack(found).sum()
+        terms["nouns"] = noun_loss(scene, _stack(top, "semantic"), nouns, work.targets.counts)
     return terms
 
 
 def noun_loss(scene: Scene, latents: Tensor, nouns: TextFeatures, counts: Sequence[int]) -> Tensor:
-    """Latents float[R, O, D] against the phrases of captions, counts[r] of them for request r -> a number.
+    """Latents float[L, R, O, D] against the phrases of captions, counts[r] of them for request r -> a number.
 
     What the noun loss of X-Decoder (3.5) means to be: every phrase is matched to a latent by meaning alone,
     and the pairs of all ranks are contrasted, equal phrases as one: 0.7 of the cross-entropy of a latent
     among the phrases, 0.3 of that of a phrase among the latents, shared by all that are matched to it. Ours:
     latents learn, which the original's do not; and one that means no object is matched late, so that names
-    go to latents that carry a mask.
+    go to latents that carry a mask. How likely a latent and a phrase are is their share among the latents
+    times that among the phrases of the picture (dual softmax): as one picture decides it alone, many ranks
+    decide as one.
     """
     with torch.no_grad():
         something = 1 - scene.model.class_logits(latents, scene.classes).softmax(-1)[..., -1:]
-        costs = something.new_zeros(*latents.shape[:2], max(counts, default=0))
-        for i, names in enumerate(nouns.sentence.split(list(counts))):
-            likely = scene.model.similarity(latents[i], names).softmax(-1)
-            costs[i, :, : len(names)] = -something[i] * likely
-    pairs = assign(costs, list(counts))
+        rows = nouns.sentence.split([*counts, 0])  # at least one, as padding wants it
+        own = pad_sequence(list(rows), batch_first=True)[: len(counts)]  # float[R, M, D]
+        similar = scene.model.similarity(latents, own)
+        number = torch.tensor(counts, device=own.device)[:, None]
+        absent = torch.arange(own.shape[1], device=own.device) >= number
+        among_phrases = similar.masked_fill(absent[:, None], -torch.inf).softmax(3).nan_to_num()
+        likely = something * similar.softmax(2) * among_phrases
+    pairs = assign(-likely.flatten(0, 1), list(counts) * len(latents))
     where = matched(pairs, len(counts))
     where[:, 3] += torch.tensor([0, *counts]).cumsum(0)[where[:, 1]]
-    _, row, query, noun = where.to(latents.device).unbind(1)
+    parts = [where[where[:, 0] == layer].to(latents.device) for layer in range(len(latents))]
+    found = [_noun_loss(scene, x, nouns, part) for x, part in zip(latents, parts, strict=True)]
+    return torch.stack(found).sum()
+
+
+def _noun_loss(scene: Scene, latents: Tensor, nouns: TextFeatures, where: Tensor) -> Tensor:
+    """Of one prediction, float[R, O, D]; `where` as from `matched`, but phrases counted over all requests."""
+    _, row, query, noun = where.unbind(1)
     ids = F.pad(nouns.ids[noun], (0, scene.model.config.context - nouns.ids.shape[1]))
     handed = (latents[row, query], nouns.sentence[noun], ids.float())
     named, sentences, words = (joined.gather(joined.parts(x))[0] for x in handed)
