@@ -220,6 +220,8 @@ def test_what_rots_unseen_is_repaired_by_a_rebuild_once_it_is_found(
     path = sorted(catalog.root.rglob(name))[0]
     whole = path.read_bytes()
     rot(path, catalog)
+    there = catalog.root / "versions" / first.version
+    shutil.copytree(there, there.with_name(f".{first.version}.damaged.tmp"))  # as a killed repair leaves it
     with pytest.raises(CatalogError, match="rebuild to repair it"):
         catalog.open().verify()
     report = build(demo_corpora, CONFIG, catalog)

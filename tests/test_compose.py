@@ -291,6 +291,16 @@ def test_a_version_knows_the_numbers_of_what_it_was_made_of(tmp_path: Path) -> N
         assert sorted(numbers(config)) == expected
 
 
+def test_of_a_sample_of_two_corpora_the_first_one_numbers_it(tmp_path: Path) -> None:
+    """Another corpus has another name for the same picture."""
+    tar(tmp_path / "coco/00000.tar", {"000000397133": 5})
+    tar(tmp_path / "other/00000.tar", {"2": 5})
+    both = [pairs(tmp_path / name, name=name) for name in ("coco", "other")]
+    catalog = Catalog(tmp_path / "store", "d")
+    assert build(both, BuildConfig(num_workers=1), catalog).num_samples == 1
+    assert numbers(corpus(folder(catalog.open()), image_ids="coco")) == ["coco 397133"]
+
+
 def test_a_frame_of_cityscapes_keeps_its_id_in_a_version(tmp_path: Path) -> None:
     for folder_, end, pixels in (("left", "leftImg8bit", 99), ("fine", "gtFine_instanceIds", 7)):
         path = tmp_path / f"city/{folder_}/aachen/aachen_000000_000019_{end}.png"
