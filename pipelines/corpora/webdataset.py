@@ -81,6 +81,7 @@ def _samples(path: Path) -> Iterator[_Sample | Refusal]:
     """
     end = 0
     sample: _Sample | None = None
+    link: str | None = None  # key of links, which a sample may begin with or hold
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -90,15 +91,20 @@ def _samples(path: Path) -> Iterator[_Sample | Refusal]:
             for info in tar:
                 if info.isreg() or info.islnk() or info.issym():
                     key, suffix = _split(info.name)
-                    plain = info.isreg() and not info.issparse()  # its bytes lie in one piece behind it
-                    if sample is not None and key != sample.key:
-                        yield sample if plain else _Sample(key=key)  # a link is none, and parts none
-                        sample = None if plain else sample
-                    sample = sample or _Sample(key=key)
-                    if plain:
+                    if info.isreg() and not info.issparse():  # its bytes lie in one piece behind it
+                        if sample is not None and key != sample.key:
+                            yield sample
+                            sample = None
+                        if link not in (None, key):  # it parted no sample, and is none
+                            yield _Sample(key=link)
+                        link, sample = None, sample or _Sample(key=key)
                         if suffix in sample.members:
                             sample.twice.append(suffix)
                         sample.members[suffix] = (info.offset_data, info.size)
+                    elif sample is None or key != sample.key:
+                        if link not in (None, key):
+                            yield _Sample(key=link)
+                        link = key
                 if tar.offset > size:  # where it looks for the next member, behind folders and links too
                     raise tarfile.ReadError(f"a member of {info.size} bytes goes beyond the end of the file")
                 end = tar.offset
@@ -109,7 +115,12 @@ def _samples(path: Path) -> Iterator[_Sample | Refusal]:
         lost = "all of it" if sample is None else f"sample {ascii(sample.key):.200} and what follows"
         yield Refusal("record", f"the tar is broken behind byte {end}: {error!s:.200}; {lost} is lost")
         return
-    yield sample or Refusal("record", "the tar is empty")
+    if sample is not None:
+        yield sample
+    if link is not None:
+        yield _Sample(key=link)
+    if sample is None and link is None:
+        yield Refusal("record", "the tar is empty")
 
 
 def _split(name: str) -> tuple[str, str]:

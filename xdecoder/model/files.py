@@ -68,6 +68,6 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[XDecoder, ModelCard]:
         raise ValueError(f"{folder / WEIGHTS}: damaged ({error}); fetch or export it again") from None
     except RuntimeError as error:
         raise ValueError(
-            f"{folder / WEIGHTS}: the weights are not of {CARD}'s model, or an earlier release's: {error}"
+            f"{folder / WEIGHTS}: of another model than {CARD}, or of an earlier release: {error}"
         ) from None
     return model, card
