@@ -52,7 +52,9 @@ def linked(demo_dataset: DatasetVersion, tmp_path: Path) -> Path:
     return own
 
 
-def test_a_dataset_built_from_a_dataset_holds_the_same(demo_dataset: DatasetVersion, tmp_path: Path) -> None:
+def test_a_dataset_built_from_a_dataset_holds_the_same(
+    demo_dataset: DatasetVersion, tmp_path: Path, ray_session: None
+) -> None:
     both = [corpus(folder(demo_dataset), split) for split in ("train", "val")]
     catalog = Catalog(tmp_path, "again")
     report = build(both, BuildConfig(shard_samples=8), catalog)
