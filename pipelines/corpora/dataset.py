@@ -97,17 +97,24 @@ def _row(corpus: CorpusConfig, root: Path, record: dict[str, Any], kinds: Kinds)
     shard, offset = _place(root, record["shard"]), record["offset"]
     if not os.path.isfile(shard):  # pathlib's would raise where the name is too long
         raise Refusal("no-image", f"no shard {shard}; run: python -m jobs datasets verify")
-    members = _members(shard, offset, _written(shard, offset, record["size_bytes"], record["sha256"]))
-    meta = _meta(members.pop("json", ""), kinds)
+    data = _written(shard, offset, record["size_bytes"], record["sha256"])
+    members = _members(f"{shard.name} at byte {offset}", data)
+    if "json" not in members:
+        raise Refusal("record", "it has no description")
+    meta = _meta(data[members.pop("json")], kinds)
     images = [suffix for suffix in ("jpg", "png") if suffix in members]
     if len(images) != 1 or (meta.segments is not None) != ("segments.png" in members):
         raise Refusal("record", f"its members are {sorted(members)}")
-    labels = members.get("segments.png")
+    at = {
+        suffix: places.member(str(shard), offset + span.start, span.stop - span.start)
+        for suffix, span in members.items()
+    }
+    labels = at.get("segments.png")
     return Row(
         corpus=corpus.name,
         split=corpus.split,
         image_id=meta.key,
-        image_path=members[images[0]],
+        image_path=at[images[0]],
         height=meta.height,
         width=meta.width,
         taxonomy=meta.taxonomy,
@@ -146,32 +153,30 @@ def _written(shard: Path, offset: int, size_bytes: int, sha256: str) -> bytes:
     return data
 
 
-def _members(shard: Path, offset: int, data: bytes) -> dict[str, str]:
-    """The members of a sample's byte range: their places by suffix."""
+def _members(where: str, data: bytes) -> dict[str, slice]:
+    """The members of a sample's bytes: which of them, by suffix."""
     found, at = {}, 0
     try:
         while at < len(data):
             info = tarfile.TarInfo.frombuf(data[at : at + _BLOCK], "utf-8", "strict")
             if not 0 <= info.size <= len(data):
                 raise tarfile.ReadError(f"a member claims {info.size} bytes")
-            found[info.name.partition(".")[2]] = places.member(str(shard), offset + at + _BLOCK, info.size)
+            found[info.name.partition(".")[2]] = slice(at + _BLOCK, at + _BLOCK + info.size)
             at += _BLOCK + -(-info.size // _BLOCK) * _BLOCK
     except (tarfile.TarError, ValueError) as error:
-        raise Refusal("record", f"{shard.name} at byte {offset + at}: {error}") from None
+        raise Refusal("record", f"{where}: behind {at} bytes: {error}") from None
     if at != len(data):
-        raise Refusal("record", f"{shard.name}: members end at byte {offset + at}, not the sample")
+        raise Refusal("record", f"{where}: members end behind {at} bytes, not the sample")
     return found
 
 
-def _meta(place: str, kinds: Kinds) -> SampleMeta:
-    """A description, with texts, masks and classes as any reader lets them in."""
-    if not place:
-        raise Refusal("record", "it has no description")
-    if int(place.split(":")[2]) > MAX_META_BYTES:
+def _meta(data: bytes, kinds: Kinds) -> SampleMeta:
+    """A description, with texts and classes as any reader lets them in; masks are checked with the pixels."""
+    if len(data) > MAX_META_BYTES:
         raise Refusal("record", f"its description is larger than {MAX_META_BYTES} bytes")
     try:
-        meta = SampleMeta.model_validate_json(places.read(place))
-    except (ValidationError, OSError) as error:
+        meta = SampleMeta.model_validate_json(data)
+    except ValidationError as error:
         raise Refusal("record", f"its description is malformed: {error!s:.200}") from None
     if min(meta.height, meta.width) < 1:
         raise Refusal("record", f"its height, width are {(meta.height, meta.width)}")
