@@ -8,6 +8,7 @@ share a shard (planning.py), or decodes them for training (stream.py).
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ class Receipt(Record):
 
 def shard_name(split: Split, stream: Stream, digest: str) -> str:
     return f"{split}-{stream}-{digest[:16]}.tar"
+
+
+def is_shard(name: str) -> bool:
+    """Whether `shard_name` may have given this name."""
+    return re.fullmatch("(?:train|val)-[a-z_]+-[0-9a-f]{16}[.]tar", name) is not None
 
 
 def write(name: str, entries: Sequence[Entry], folder: Path) -> Receipt:

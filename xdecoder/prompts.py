@@ -116,10 +116,8 @@ def nouns(caption: str) -> tuple[str, ...]:
     """
     runs: list[list[str]] = [[]]
     for word in _WORD.findall(caption.lower().replace("\u2019", "'")):
-        short = word.partition("'")[0] in _FUNCTION_WORDS or word.endswith(
-            "n't"
-        )  # "there's", "it's", "isn't"
-        if short or not word[0].isalpha():
+        stem = word.partition("'")[0]  # of "there's" and "it's"
+        if stem in _FUNCTION_WORDS or word.endswith("n't") or not word[0].isalpha():
             runs.append([])
         else:
             runs[-1].append(word)

@@ -22,7 +22,7 @@ from pipelines import places
 from pipelines.corpora import licences
 from pipelines.corpora.files import data_file, matching, texts
 from pipelines.corpora.gathering import Gathered
-from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
+from pipelines.corpora.rows import CorpusError, Refusal, Row, lost_captions, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
 
@@ -61,8 +61,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 if isinstance(image, Refusal):
                     raise image
                 sentences, unusable = texts(_sentences(said))
-                whose = f"caption of {name}" if sentences else name
-                yield from (refuse(corpus, whose, why) for why in unusable)
+                yield from lost_captions(corpus, name, sentences, unusable)
                 licence = licences.of_image(corpus, stated)
                 if sentences and isinstance(image, _Found):
                     yield _row(corpus, replace(image, licence=licence), sentences.values())

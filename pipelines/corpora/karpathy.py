@@ -21,7 +21,7 @@ from pipelines.corpora.files import (
     section,
     texts,
 )
-from pipelines.corpora.rows import Refusal, Row, refuse
+from pipelines.corpora.rows import Refusal, Row, lost_captions, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
 
@@ -37,8 +37,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 raise Refusal("duplicate-id", "an image with this imgid was read already")
             done.add(str(image.imgid))
             captions, unusable = texts(sentence.raw for sentence in image.sentences)
-            name = f"caption of image {image.imgid}" if captions else f"image {image.imgid}"
-            yield from (refuse(corpus, name, why) for why in unusable)
+            yield from lost_captions(corpus, f"image {image.imgid}", captions, unusable)
             if captions:
                 yield _row(corpus, image, captions)
         except Refusal as refusal:

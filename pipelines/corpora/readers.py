@@ -23,7 +23,7 @@ from pipelines.corpora import (
 )
 from pipelines.corpora.files import CONTAINERS, IMAGES, matching
 from pipelines.corpora.rows import CorpusError, Row
-from pipelines.shards import file_sha256
+from pipelines.shards import file_sha256, is_shard
 from schemas.jobs import CorpusConfig, Format
 from schemas.records import Reject
 from schemas.taxonomy import SHIPPED, Taxonomy
@@ -57,8 +57,6 @@ TAXONOMIES: dict[Format, Callable[[CorpusConfig], Taxonomy]] = {
 }
 
 _COCO_NUMBER = re.compile("(?:COCO_[a-z]+20[0-9]{2}_)?0*([0-9]+)")  # of an id or a file name of COCO
-
-_SHARD = re.compile("(?:train|val)-[a-z_]+-[0-9a-f]{16}[.]tar")  # of a version, see `shard_name`
 
 
 def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
@@ -100,7 +98,7 @@ def _own_id(row: Row) -> str:
     Of a sample that was built before, what the first of its sources says that is no version.
     """
     if row.origins:
-        first = [s for s in row.origins if s.files and not _SHARD.fullmatch(s.files[0])]
+        first = [s for s in row.origins if s.files and not is_shard(s.files[0])]
         known = [s.ids if s.files[0].endswith(CONTAINERS) else s.files for s in first]
         return next((found[0] for found in known if found), "")
     if not row.image_id.startswith(f"{row.source.files[0]}#"):

@@ -3,6 +3,7 @@
 No pixels: heights, widths, areas and boxes are what the annotation file claims, and the build checks them.
 """
 
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,14 @@ def refuse(corpus: CorpusConfig, record: str, refusal: Refusal) -> Reject:
         reason=refusal.reason,
         detail=encodable(refusal.detail)[:MAX_DETAIL],
     )
+
+
+def lost_captions(
+    corpus: CorpusConfig, image: str, kept: Collection[object], unusable: Iterable[Refusal]
+) -> Iterator[Reject]:
+    """The rejects of an image's unusable captions; of the image itself where none was kept."""
+    record = f"caption of {image}" if kept else image
+    return (refuse(corpus, record, refusal) for refusal in unusable)
 
 
 def encodable(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from pipelines import places
 from pipelines.corpora import licences
 from pipelines.corpora.files import IMAGES, is_utf8, matching, texts
-from pipelines.corpora.rows import CorpusError, Refusal, Row, refuse
+from pipelines.corpora.rows import CorpusError, Refusal, Row, lost_captions, refuse
 from schemas.jobs import CorpusConfig
 from schemas.records import Reject, Source
 
@@ -63,8 +63,7 @@ def read(corpus: CorpusConfig) -> Iterator[Row | Reject]:
                 licence = licences.of_image(corpus, licences.stated(said))
                 found = (*_txt(path, item), *_captions(said, corpus.caption_column))
                 captions, unusable = texts(dict.fromkeys(found))
-                whose = f"caption of {name}" if captions else name
-                yield from (refuse(corpus, whose, why) for why in unusable)
+                yield from lost_captions(corpus, name, captions, unusable)
                 if captions or not unusable:
                     yield _row(corpus, path, file, item, captions.values(), licence)
             except Refusal as refusal:
