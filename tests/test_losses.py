@@ -386,28 +386,27 @@ def test_the_noun_loss_equals_its_formula() -> None:
     torch.testing.assert_close(losses.noun_loss(scene, latents[None], texts, counts), expected)
 
 
-def test_nouns_go_to_latents_that_are_something() -> None:
-    """Of two latents that mean a phrase alike, the one that is no object does not learn it."""
+@pytest.mark.parametrize(
+    ("noun", "other", "shares", "learns"),
+    [
+        # both mean it alike, the first is no object
+        ("dog", "cat", [(1, 2), (1, 0)], 1),
+        # the second is rather an object, and means the contrary
+        ("red square", "sky", [(1, 0.05), (0, -1)], 0),
+    ],
+)
+def test_a_lone_noun_goes_to_the_latent_that_means_it_and_is_something(
+    noun: str, other: str, shares: list[tuple[float, float]], learns: int
+) -> None:
+    """Two latents, each made of the noun's meaning and of nothing's; another picture speaks of another."""
     of = model()
-    scene, (texts, _) = scene_of(of, batch_of("retrieval")), spoken(of, ["dog"])
-    dog, nothing = (F.normalize(x, dim=0) for x in (texts.sentence[0], scene.classes[-1]))
-    latents = torch.stack((dog + 2 * nothing, dog))[None].detach().requires_grad_()
-    both = torch.cat((latents, latents.detach()))[None]
-    losses.noun_loss(scene, both, *spoken(of, ["dog"], ["cat"])).backward()
-    assert latents.grad is not None
-    assert latents.grad[0, 1].any() and not latents.grad[0, 0].any()
-
-
-def test_a_lone_noun_goes_to_the_latent_that_means_it() -> None:
-    """Also where the one that means the contrary is rather an object."""
-    of = model()
-    scene, (texts, _) = scene_of(of, batch_of("retrieval")), spoken(of, ["red square"])
+    scene, (texts, _) = scene_of(of, batch_of("retrieval")), spoken(of, [noun])
     named, nothing = (F.normalize(x, dim=0) for x in (texts.sentence[0], scene.classes[-1]))
-    latents = torch.stack((named + 0.05 * nothing, -nothing))[None].detach().requires_grad_()
+    latents = torch.stack([a * named + b * nothing for a, b in shares])[None].detach().requires_grad_()
     both = torch.cat((latents, latents.detach()))[None]
-    losses.noun_loss(scene, both, *spoken(of, ["red square"], ["sky"])).backward()
+    losses.noun_loss(scene, both, *spoken(of, [noun], [other])).backward()
     assert latents.grad is not None
-    assert latents.grad[0, 0].any() and not latents.grad[0, 1].any()
+    assert latents.grad[0, learns].any() and not latents.grad[0, 1 - learns].any()
 
 
 def test_captions_that_speak_of_nothing_teach_no_noun() -> None:

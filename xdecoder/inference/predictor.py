@@ -36,6 +36,7 @@ from xdecoder.inference.postprocess import Frame, Instances, PanopticMap
 from xdecoder.inference.zeroshot import ZeroShot
 from xdecoder.model.decoder import Pixels, Prediction
 from xdecoder.model.files import CARD, WEIGHTS, ModelCard, load_model
+from xdecoder.model.layers import product, unit
 from xdecoder.model.xdecoder import XDecoder, columns
 from xdecoder.prompts import END
 from xdecoder.training.augment import PAD_VALUE
@@ -412,8 +413,7 @@ class Predictor:
         final = self.model.ask(seen.pixels, "referring", where, task, text).final
         nearest = self.model.similarity(final.semantic, sentences)  # float[R, O, P]
         chosen = replace(final, mask_embed=_rows(final.mask_embed, nearest.argmax(1)))
-        fits = nearest.float().amax(1) / self.model.scale()
-        return self.model.masks(chosen, seen.pixels, where), fits
+        return self.model.masks(chosen, seen.pixels, where), nearest.amax(1) / self.model.scale()
 
     # -------------------------------------------------------------------------------------------- image and
     # text
@@ -429,15 +429,14 @@ class Predictor:
         rows: list[Tensor] = []
         pictures: list[Array] = []
         with torch.no_grad():
-            sentences = F.normalize(self.model.encode_texts(texts).sentence, dim=-1)
+            sentences = unit(self.model.encode_texts(texts).sentence)
             for seen in self._squared(images):
                 count = len(seen.arrays)
                 where = torch.arange(count, device=self.device)
                 task = self._task("retrieval", count)
                 final = self.model.ask(seen.pixels, "segmentation", where, task).final
                 both = (final.image, self.model.embed_pooled(seen.pixels))
-                fits = torch.stack([F.normalize(x, dim=-1) @ sentences.T for x in both])
-                rows.append(fits.float().mean(0).cpu())
+                rows.append(torch.stack([product(unit(x), sentences.T) for x in both]).mean(0).cpu())
                 pictures += seen.arrays
         return RetrievalResult(images=tuple(pictures), texts=texts, scores=torch.cat(rows).numpy())
 

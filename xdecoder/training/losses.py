@@ -333,15 +333,15 @@ def pack(phrases: TextFeatures, counts: Sequence[int]) -> tuple[TextFeatures, Te
         tokens.append(phrases.tokens[part][keep[part]])
         ids.append(phrases.ids[part][keep[part]])
         sentences.append(phrases.sentence[part])
-    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
+    padded = pad_sequence(ids, batch_first=True, padding_value=PAD)
     lengths = torch.tensor([len(i) for i in ids], device=padded.device)
     text = TextFeatures(
         ids=padded,
-        tokens=torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True),
+        tokens=pad_sequence(tokens, batch_first=True),
         sentence=phrases.sentence[:0],
         padding=torch.arange(padded.shape[1], device=padded.device) >= lengths[:, None],
     )
-    return text, torch.nn.utils.rnn.pad_sequence(sentences, batch_first=True)
+    return text, pad_sequence(sentences, batch_first=True)
 
 
 def equal_phrases(ids: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -430,14 +430,14 @@ def _noun_loss(scene: Scene, latents: Tensor, nouns: TextFeatures, where: Tensor
     """Of one prediction, float[R, O, D]; `where` as from `matched`, but phrases counted over all requests."""
     _, row, query, noun = where.unbind(1)
     ids = F.pad(nouns.ids[noun], (0, scene.model.config.context - nouns.ids.shape[1]))
-    handed = (latents[row, query], nouns.sentence[noun], ids.float())
-    named, sentences, words = (joined.gather(joined.parts(x))[0] for x in handed)
+    handed = torch.cat((unit(latents[row, query]), unit(nouns.sentence[noun]), ids.float()), 1)
+    widths = (latents.shape[-1], nouns.sentence.shape[-1], ids.shape[1])
+    named, sentences, words = joined.gather(joined.parts(handed))[0].split(widths, 1)
     distinct, wanted = words.unique(dim=0, return_inverse=True)
     if not len(distinct):
         return named.sum() * 0
     shared = F.one_hot(wanted).T.float()  # [phrases, pairs]
-    names = unit(sentences[shared.argmax(1)])
-    logits = product(joined.fixed(scene.model.scale()) * unit(named), names.T)
+    logits = product(joined.fixed(scene.model.scale()) * named, sentences[shared.argmax(1)].T)
     of_latents = F.cross_entropy(logits, wanted)
     of_phrases = F.cross_entropy(logits.T, shared / shared.sum(1, keepdim=True))
     return joined.once(0.7 * of_latents + 0.3 * of_phrases)
